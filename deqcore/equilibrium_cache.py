@@ -149,18 +149,18 @@ class EquilibriumCache:
         """
         backend, numbers, leaves, structure = self._opened(ids, z0)
         moving = [leaf for leaf in leaves if is_stored(backend, leaf)]
-        layout, found = _layout(backend, moving), {}
+        layout, hits = _layout(backend, moving), {}
         for row, number in enumerate(numbers):
             entry = self._entries.get(number)
             if number >= 0:
                 self._counts["misses" if entry is None else "hits" if entry.layout == layout else "mismatches"] += 1
             if entry is not None and entry.layout == layout:
                 self._entries.move_to_end(number)
-                found[row] = entry.rows
+                hits[row] = entry.rows
         start = z0
-        if found:
-            rows = backend.asarray(np.fromiter(found, np.int64), dtype="int64", like=moving[0])
-            parts = zip(moving, *found.values(), strict=True)
+        if hits:
+            rows = backend.asarray(np.fromiter(hits, np.int64), dtype="int64", like=moving[0])
+            parts = zip(moving, *hits.values(), strict=True)
             filled = iter([_filled(backend, leaf, rows, stored) for leaf, *stored in parts])
             start = backend.unflatten(structure, [next(filled) if is_stored(backend, x) else x for x in leaves])
         return start if changed is None else restart_changed(start, z0, changed)
@@ -214,13 +214,13 @@ class EquilibriumCache:
         groups: dict[Layout, list[tuple[int, int]]] = {}
         for order, (number, entry) in enumerate(self._entries.items()):
             groups.setdefault(entry.layout, []).append((number, order))
-        found: dict[str, Array] = {}
+        arrays: dict[str, Array] = {}
         for group, members in enumerate(groups.values()):
             parts = list(zip(*(self._entries[number].rows for number, _ in members), strict=True))
             backend = backend_of(parts[0][0])
-            found[f"{group}.ids"] = backend.asarray(np.array(members, np.int64), dtype="int64", like=parts[0][0])
-            found |= {f"{group}.{leaf}": backend.xp.concat(rows, axis=0) for leaf, rows in enumerate(parts)}
-        return found
+            arrays[f"{group}.ids"] = backend.asarray(np.array(members, np.int64), dtype="int64", like=parts[0][0])
+            arrays |= {f"{group}.{leaf}": backend.xp.concat(rows, axis=0) for leaf, rows in enumerate(parts)}
+        return arrays
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
         """Replace the stored states by those of `state_dict`. Beyond the bounds, the most recently used ones stay.

@@ -8,12 +8,29 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Final
+
+OTHER_NAMES: Final = {
+    "growth": "max_residual_growth",
+    "memory": "history_size",
+    "probes": "measurements",
+    "refine_steps": "max_refine_vjps",
+    "target": "max_relative_error",
+}
+"""Names of options in earlier versions, which no distance leads from to today's."""
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """Return `` Did you mean 'x'?`` for the nearest known name, or an empty string."""
-    near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    """Return `` Did you mean 'x'?`` for the nearest known name, of the same section if there is one; or ``""``."""
+    known = list(known)
+    section = next((given[: given.rindex(mark)] + mark for mark in ("__", ".") if mark in given), "")
+    names = {name.removeprefix(section): name for name in known if name.startswith(section)}
+    if not names:
+        names, section = dict(zip(known, known, strict=True)), ""
+    name = given.removeprefix(section)
+    today = OTHER_NAMES.get(name)
+    near = [today] if today in names else difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f" Did you mean {names[near[0]]!r}?" if near else ""
 
 
 def listing(known: Iterable[str]) -> str:

@@ -74,8 +74,8 @@ def custom_fixed_point(
             if not plan.backend.is_traced(z, args):  # traced code reports as fixed_point does
                 given["forward__on_failure"] = "ignore"
             solution = fixed_point(f, z, *args, config=config, **given)
-            if plan.config.forward.on_failure != "ignore":
-                _report(solution, plan.config.forward.on_failure)
+            if plan.forward.on_failure != "ignore":
+                _report(solution, plan.forward.on_failure)
             return (solution.value, aux) if has_aux else solution.value
 
         return solved
@@ -188,15 +188,15 @@ def _without_gradient(backend: Backend, solver: Solve, z0: Tree, args: tuple[Any
             backend.autodiff.forward_only(lambda z: z, zero, (), run)
         else:
             run()
-    found_leaves, found = backend.flatten(kept[0])
-    return backend.unflatten(found, [backend.detach(x) if backend.is_array(x) else x for x in found_leaves])
+    returned, structure = backend.flatten(kept[0])
+    return backend.unflatten(structure, [backend.detach(x) if backend.is_array(x) else x for x in returned])
 
 
 def _difference(a: Tree, b: Tree) -> Tree:
     """Return a − b leaf by leaf, and what is carried along in `a` as it is; b if it is another tree."""
     backend = pick_backend(Config(), a, ())
-    (leaves, structure), (others, found) = backend.flatten(a), backend.flatten(b)
-    if found != structure:
+    (leaves, structure), (others, other_structure) = backend.flatten(a), backend.flatten(b)
+    if other_structure != structure:
         return b  # the caller raises the error
     pairs = zip(leaves, others, strict=True)
     return backend.unflatten(structure, [x if is_carried(backend, x) else x - y for x, y in pairs])

@@ -326,12 +326,12 @@ class _Stream:
         else:
             places = np.array(sorted(self.fresh))
             samples = [owner for owner in map(owners.__getitem__, places) if owner is not None]
-        return Arrivals(rows, places, tuple(each.z0 for each in samples), tuple(each.args for each in samples))
+        return Arrivals(rows, places, tuple(sample.z0 for sample in samples), tuple(sample.args for sample in samples))
 
     def _results(self, done: list[int], carry: LoopState, evaluations: Array) -> list[StreamResult]:
         backend = self.plan.backend
         residual, counts = _numpy(backend, carry.best_residual), backend.to_numpy(evaluations)
-        status, found = _numpy(backend, carry.status), []
+        status, results = _numpy(backend, carry.status), []
         if backend.capabilities.eager:
             index = backend.asarray(np.array(done, np.int32), dtype="int32", like=carry.z)
             leaves = dict(zip(done, self.unravel(backend.take(carry.best_z, index)), strict=True))
@@ -341,7 +341,7 @@ class _Stream:
             sample, self.owner[slot] = self.owner[slot], None
             assert sample is not None
             ended = Status(int(status[slot]))
-            found.append(
+            results.append(
                 StreamResult(
                     sample.index,
                     self.layout.iterate(leaves[slot]),
@@ -351,7 +351,7 @@ class _Stream:
                     int(counts[slot]),
                 )
             )
-        return found
+        return results
 
 
 def _numpy(backend: Backend, figure: Any) -> Any:

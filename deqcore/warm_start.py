@@ -77,11 +77,11 @@ def restart_changed(previous: Tree, z0: Tree, changed: Any) -> Tree:
     """
     backend = backend_of(z0)
     leaves, structure = backend.flatten(z0)
-    old, found = backend.flatten(previous)
-    if found != structure:
+    old, old_structure = backend.flatten(previous)
+    if old_structure != structure:
         raise InitialIterateError(
             f"restart_changed: the earlier state must be a tree like z0, of the structure {structure} (got "
-            f"{described(previous)} of the structure {found})."
+            f"{described(previous)} of the structure {old_structure})."
         )
     masks, shape = backend.flatten(changed)
     if shape != structure or len(leaves) == 1:

@@ -177,4 +177,4 @@ def fill(report: AdjointReport, shape: tuple[int, ...]) -> AdjointTap:
         for name, leaf in zip(AdjointReport._fields, report, strict=True)
     ]
     every = (*numbers, jnp.ones_like(report.vjps))
-    return AdjointTap(*[jnp.asarray(each).astype(jnp.float32).reshape(shape) for each in every])
+    return AdjointTap(*[jnp.asarray(figure).astype(jnp.float32).reshape(shape) for figure in every])

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from deqcore.abc.backend import Backend
 from deqcore.abc.guards import CallGuards
 from deqcore.abc.linalg import SmallLinalg
-from deqcore.abc.scaling import scaled_norm
+from deqcore.abc.numbers import NumberOps
+from deqcore.abc.scaling import least_plain_norm, scaled_norm
 from deqcore.errors import BackendError
 from deqcore.types import Capabilities, Figures, LoopVars, Tree
 from deqcore_jax import batched_linalg, failures, pytrees
@@ -62,6 +63,30 @@ class JaxGuards(CallGuards):
         failures.watch(report, figures, compiled=compiled)
 
 
+class JaxNumbers(NumberOps):
+    """Exponents by their bits, traced scalars, and random numbers by keys."""
+
+    def power_of_two(self, x: jax.Array) -> jax.Array:
+        kind = jnp.finfo(x.dtype)
+        bits = jnp.dtype(f"int{kind.bits}")
+        exponent = jnp.asarray(((1 << kind.nexp) - 1) << kind.nmant, bits)  # three operations, where frexp takes thirty
+        return lax.bitcast_convert_type(lax.bitcast_convert_type(x, bits) & exponent, x.dtype)
+
+    def from_pairs(self, x: jax.Array) -> jax.Array:
+        return lax.complex(x[..., 0], x[..., 1])
+
+    def normal(self, like: jax.Array, seed: int, index: Sequence[ArrayLike]) -> jax.Array:
+        key = jax.random.key(seed)
+        for number in index:
+            key = jax.random.fold_in(key, jnp.asarray(number).astype(jnp.uint32))
+        return jax.random.normal(key, like.shape, like.dtype)
+
+    def as_scalar(self, value: ArrayLike, like: jax.Array) -> jax.Array:
+        if isinstance(value, int) or jnp.issubdtype(jnp.result_type(value), jnp.integer):
+            return jnp.asarray(value).astype(jnp.int32)
+        return jnp.asarray(value).astype(single(like.dtype))
+
+
 class JaxBackend(Backend):
     """JAX arrays on any device, concrete or traced."""
 
@@ -70,6 +95,7 @@ class JaxBackend(Backend):
     registration = "jax.tree_util.register_dataclass"
     linalg_class = JaxLinalg
     autodiff_class = JaxAutodiff
+    numbers_class = JaxNumbers
     guards_class = JaxGuards
     kernels_class = JaxKernels
     harness_class = JaxHarness
@@ -113,9 +139,6 @@ class JaxBackend(Backend):
         except (RuntimeError, IndexError, ValueError) as error:
             raise BackendError(f"jax cannot use the device {device!r}: {error}") from error
 
-    def from_pairs(self, x: jax.Array) -> jax.Array:
-        return lax.complex(x[..., 0], x[..., 1])
-
     def astype(self, x: jax.Array, dtype: str) -> jax.Array:
         return x.astype(dtype)
 
@@ -127,21 +150,9 @@ class JaxBackend(Backend):
     def cast(self, x: jax.Array, like: jax.Array) -> jax.Array:
         return x.astype(like.dtype)
 
-    def normal(self, like: jax.Array, seed: int, index: Sequence[ArrayLike]) -> jax.Array:
-        key = jax.random.key(seed)
-        for number in index:
-            key = jax.random.fold_in(key, jnp.asarray(number).astype(jnp.uint32))
-        return jax.random.normal(key, like.shape, like.dtype)
-
     def norm(self, v: jax.Array) -> jax.Array:
         length: jax.Array = _norm(self, v)
         return length
-
-    def power_of_two(self, x: jax.Array) -> jax.Array:
-        kind = jnp.finfo(x.dtype)
-        bits = jnp.dtype(f"int{kind.bits}")
-        exponent = jnp.asarray(((1 << kind.nexp) - 1) << kind.nmant, bits)  # three operations, where frexp takes thirty
-        return lax.bitcast_convert_type(lax.bitcast_convert_type(x, bits) & exponent, x.dtype)
 
     def inner(self, a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.sum(self.to_accum_dtype(a) * self.to_accum_dtype(b), axis=1)
@@ -153,11 +164,6 @@ class JaxBackend(Backend):
 
     def history(self, like: jax.Array, history_size: int, dtype: str | None = None) -> JaxHistory:
         return JaxHistory.empty(like, history_size, jnp.dtype(dtype) if dtype else None, wide())
-
-    def as_scalar(self, value: ArrayLike, like: jax.Array) -> jax.Array:
-        if isinstance(value, int) or jnp.issubdtype(jnp.result_type(value), jnp.integer):
-            return jnp.asarray(value).astype(jnp.int32)
-        return jnp.asarray(value).astype(single(like.dtype))
 
     # -- loops --------------------------------------------------------------------------------------------------
 
@@ -198,7 +204,7 @@ def _norm(backend: JaxBackend, v: jax.Array) -> jax.Array:
     if jax.default_backend() != "cpu":
         return _norm_by_ranges(v.astype(single(v.dtype)))
     # No condition: with a batch over several devices each would be a collective in every step.
-    return scaled_norm(backend, v, backend.max_abs(v, jnp.zeros_like(v, single(v.dtype), shape=v.shape[:1])))
+    return scaled_norm(backend, v, backend.numbers.max_abs(v, jnp.zeros_like(v, single(v.dtype), shape=v.shape[:1])))
 
 
 def _norm_by_ranges(v: jax.Array) -> jax.Array:
@@ -208,7 +214,7 @@ def _norm_by_ranges(v: jax.Array) -> jax.Array:
     program to find the Euclidean norm of a vector".
     """
     factor = 2.0 ** (jnp.finfo(v.dtype).maxexp // 2)
-    low = float(jnp.finfo(v.dtype).smallest_normal) ** (1 / 3)
+    low = least_plain_norm(jnp, v.dtype)
     plain, up, down = (root(jnp.sum(jnp.square(v * scale), axis=1)) for scale in (1.0, factor, 1 / factor))
     return jnp.where(plain > 1 / low, down * factor, jnp.where(plain < low, up / factor, plain))
 

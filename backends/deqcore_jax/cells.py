@@ -149,8 +149,8 @@ class Monotone(NamedTuple):
     def new(cls, key: jax.Array, inputs: int, width: int) -> Monotone:
         """Draw random weights of about unit norm."""
         a, b, u = (
-            jax.random.normal(each, (rows, width)) / rows**0.5
-            for each, rows in zip(jax.random.split(key, 3), (width, width, inputs), strict=True)
+            jax.random.normal(subkey, (rows, width)) / rows**0.5
+            for subkey, rows in zip(jax.random.split(key, 3), (width, width, inputs), strict=True)
         )
         return cls(a, b, u, jnp.zeros(width))
 

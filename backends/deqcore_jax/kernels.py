@@ -8,6 +8,7 @@ from jax import lax
 
 from deqcore.abc.history import History
 from deqcore.abc.kernels import FusedKernels, Krylov
+from deqcore.abc.scaling import least_plain_norm
 from deqcore.linear.norms import project
 from deqcore_jax import krylov
 from deqcore_jax.dtypes import single
@@ -27,7 +28,7 @@ class JaxKernels(FusedKernels):
         if not _conditions_are_free():
             return None
         norms = _plain_norm(fz - z), _plain_norm(fz)
-        low = float(jnp.finfo(norms[0].dtype).smallest_normal) ** (1 / 3)
+        low = least_plain_norm(jnp, norms[0].dtype)
         safe = [(norm > low) & (norm < 1 / low) for norm in norms]
 
         def scaled() -> tuple[jax.Array, jax.Array]:

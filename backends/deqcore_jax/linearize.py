@@ -11,6 +11,7 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 
+from deqcore.abc.backward import refuse_vjp
 from deqcore.errors import BackendError, StrategyError
 from deqcore.types import Map
 from deqcore_jax.closure import Program, calls
@@ -110,7 +111,7 @@ class Reverse:
         try:
             if not products:
                 self._vjp = jax.vjp(lambda *at: f(z, *at), *at)[1]
-                self._first, self.vjp = 0, _missing
+                self._first, self.vjp = 0, refuse_vjp
                 return
             self._vjp, self._first = jax.vjp(f, z, *at)[1], 1
             self.vjp = _traced(lambda u: self._vjp(u)[0], z)
@@ -194,10 +195,6 @@ def _traced(f: Map, example: jax.Array) -> Map:
     consts = [const for const, needed in zip(closed.consts, used, strict=False) if needed]
     call = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
     return lambda x: call(*consts, x)[0]
-
-
-def _missing(_: jax.Array) -> Never:
-    raise StrategyError("The strategy called vjp although its uses_vjp() returns False. Make uses_vjp() return True.")
 
 
 def _refuse_reverse(*_: object) -> Never:

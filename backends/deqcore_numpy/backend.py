@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from deqcore.abc.backend import Backend
 from deqcore.abc.host import HostViews
 from deqcore.abc.linalg import SmallLinalg
+from deqcore.abc.numbers import NumberOps
 from deqcore.abc.scaling import guarded_norm
 from deqcore.errors import ConfigError
 from deqcore.types import Capabilities
@@ -47,6 +48,20 @@ class NumpyHost(HostViews):
         return x
 
 
+class NumpyNumbers(NumberOps):
+    """Exponents by `frexp`, and views of complex numbers."""
+
+    def power_of_two(self, x: NDArray[Any]) -> NDArray[Any]:
+        power: NDArray[Any] = x / (2.0 * np.frexp(x)[0])
+        return power
+
+    def to_pairs(self, x: NDArray[Any]) -> NDArray[Any]:
+        return pairs(x)
+
+    def from_pairs(self, x: NDArray[Any]) -> NDArray[Any]:
+        return from_pairs(x)
+
+
 class NumpyBackend(Backend):
     """NumPy arrays on the host."""
 
@@ -55,6 +70,7 @@ class NumpyBackend(Backend):
     xp = np
     linalg_class = NumpyLinalg
     autodiff_class = NumpyAutodiff
+    numbers_class = NumpyNumbers
     guards_class = NumpyGuards
     host_class = NumpyHost
 
@@ -70,12 +86,6 @@ class NumpyBackend(Backend):
     def astype(self, x: NDArray[Any], dtype: str) -> NDArray[Any]:
         return x.astype(dtype, copy=False)
 
-    def to_pairs(self, x: NDArray[Any]) -> NDArray[Any]:
-        return pairs(x)
-
-    def from_pairs(self, x: NDArray[Any]) -> NDArray[Any]:
-        return from_pairs(x)
-
     def to_accum_dtype(self, x: NDArray[Any]) -> NDArray[Any]:
         return np.asarray(x).astype(np.float64, copy=False)
 
@@ -87,10 +97,6 @@ class NumpyBackend(Backend):
         with np.errstate(all="ignore"):  # the guard handles squares that leave the range
             norms: NDArray[Any] = guarded_norm(self, v, np.linalg.norm(v.astype(dtype, copy=False), axis=1))
             return norms
-
-    def power_of_two(self, x: NDArray[Any]) -> NDArray[Any]:
-        power: NDArray[Any] = x / (2.0 * np.frexp(x)[0])
-        return power
 
     def put(self, x: NDArray[Any], rows: NDArray[Any], part: NDArray[Any]) -> NDArray[Any]:
         x = x.copy()

@@ -66,10 +66,10 @@ def steady_scales(f: Function, x: Array, dx: Array, base: Array, scale: Array, b
     known = np.isfinite(change)  # f changes
     run = np.where(smooth.any(axis=0), smooth, steady)
     best = np.where(run.any(axis=0), _upper_middle_of_first_run(run), np.argmax(known, axis=0))
-    found, learnt = unsteady & known.any(axis=0), steps[best] / PART
+    fitted, learnt = unsteady & known.any(axis=0), steps[best] / PART
     if rows:
-        found, learnt = (each.reshape(-1, *[1] * (x.ndim - 1)) for each in (found, learnt))
-    return np.where(blind & found, learnt, scale)
+        fitted, learnt = (values.reshape(-1, *[1] * (x.ndim - 1)) for values in (fitted, learnt))
+    return np.where(blind & fitted, learnt, scale)
 
 
 def _changes(f: Function, x: Array, dx: Array, base: Array, rows: bool) -> Array:
@@ -91,7 +91,7 @@ def _changes(f: Function, x: Array, dx: Array, base: Array, rows: bool) -> Array
         high, low = (np.asarray(f(x + step * dx)) for step in (1.0, -1.0))
         change = most(near - (high - low))
     sound &= np.isfinite(change)
-    return np.stack([np.where(sound, each / np.where(sound, size, 1.0), np.inf) for each in (change, bend)])
+    return np.stack([np.where(sound, amount / np.where(sound, size, 1.0), np.inf) for amount in (change, bend)])
 
 
 def _upper_middle_of_first_run(true: Mask) -> Array:

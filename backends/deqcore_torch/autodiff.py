@@ -146,11 +146,11 @@ class TorchAutodiff(Autodiff):
         leaves, structure = self.be.flatten(args)
         moved = [_leaf(leaf) for leaf in leaves]
         with torch.enable_grad():
-            found, aux = value(*self.be.unflatten(structure, moved))
+            primal, aux = value(*self.be.unflatten(structure, moved))
         wanted = [leaf for leaf in moved if isinstance(leaf, Tensor) and leaf.requires_grad]
-        gradients = iter(_gradients(found, wanted, cotangent))
+        gradients = iter(_gradients(primal, wanted, cotangent))
         results = [next(gradients) if isinstance(leaf, Tensor) and leaf.requires_grad else None for leaf in moved]
-        return found.detach(), aux, self.be.unflatten(structure, results)
+        return primal.detach(), aux, self.be.unflatten(structure, results)
 
     def grad(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def gradient(x: Tensor) -> Tensor:

@@ -114,11 +114,11 @@ class _Job:
             return None
         sources = sources_of(y, z, self.made)
 
-        def pull(u: Tensor) -> tuple[Tensor, ...]:
+        def parameter_vjp(u: Tensor) -> tuple[Tensor, ...]:
             gradients = torch.autograd.grad(y, sources, u, retain_graph=True, allow_unused=True)
             return tuple(part.to_dense() for part in gradients if part is not None)
 
-        return PassInputs(None, *self.forward, pull if sources else None)
+        return PassInputs(None, *self.forward, parameter_vjp if sources else None)
 
     def solve_adjoint(self, y: Tensor, z: Tensor, g: Tensor) -> Tensor:
         def vjp(u: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
+from deqcore.abc.numbers import NumberOps
 from deqcore.abc.scaling import guarded_norm, scaled_norm
 from deqcore.errors import BackendError, ConfigError
 from deqcore.types import Capabilities, LoopVars, Tree
@@ -28,6 +29,28 @@ from deqcore_torch.recorded_history import RecordedHistory
 DEVICE_CHECK = 4  # steps between host checks where a check waits for the device
 
 
+class TorchNumbers(NumberOps):
+    """Exponents by `frexp`, views of complex numbers, and random numbers by generators."""
+
+    def max_abs(self, v: Tensor, like: Tensor) -> Tensor:
+        largest: Tensor = torch.linalg.vector_norm(v.detach(), float("inf"), dim=1) if v.shape[1] else like
+        return largest.to(like.dtype)
+
+    def power_of_two(self, x: Tensor) -> Tensor:
+        return x / (2.0 * torch.frexp(x)[0])
+
+    def to_pairs(self, x: Tensor) -> Tensor:
+        return torch.view_as_real(x.resolve_conj())
+
+    def from_pairs(self, x: Tensor) -> Tensor:
+        return torch.complex(x[..., 0], x[..., 1])  # a view would need an even offset in memory
+
+    def normal(self, like: Tensor, seed: int, index: Sequence[Any]) -> Tensor:
+        (drawn,) = np.random.SeedSequence([seed, *map(int, index)]).generate_state(1, np.uint64)
+        generator = torch.Generator(like.device).manual_seed(int(drawn) >> 1)
+        return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+
+
 class TorchBackend(Backend):
     """PyTorch tensors on any device."""
 
@@ -41,6 +64,7 @@ class TorchBackend(Backend):
     )
     linalg_class = TorchLinalg
     autodiff_class = TorchAutodiff
+    numbers_class = TorchNumbers
     guards_class = TorchGuards
     host_class = TorchHost
     kernels_class = kernels.TorchKernels
@@ -75,12 +99,6 @@ class TorchBackend(Backend):
     def astype(self, x: Tensor, dtype: str) -> Tensor:
         return x.to(getattr(torch, dtype))
 
-    def to_pairs(self, x: Tensor) -> Tensor:
-        return torch.view_as_real(x.resolve_conj())
-
-    def from_pairs(self, x: Tensor) -> Tensor:
-        return torch.complex(x[..., 0], x[..., 1])  # a view would need an even offset in memory
-
     def to_device(self, x: Tensor, device: str) -> Tensor:
         try:
             return x.to(device)
@@ -96,11 +114,6 @@ class TorchBackend(Backend):
     def cast(self, x: Tensor, like: Tensor) -> Tensor:
         return x.to(like.dtype)
 
-    def normal(self, like: Tensor, seed: int, index: Sequence[Any]) -> Tensor:
-        (drawn,) = np.random.SeedSequence([seed, *map(int, index)]).generate_state(1, np.uint64)
-        generator = torch.Generator(like.device).manual_seed(int(drawn) >> 1)
-        return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
-
     def norm(self, v: Tensor) -> Tensor:
         narrow = v.dtype in (torch.float16, torch.bfloat16)
         if self.host.numpy_view(v.new_empty(0, dtype=torch.float32) if narrow else v) is not None:
@@ -111,14 +124,7 @@ class TorchBackend(Backend):
             norms = steps.norm(v)
             return norms
         like = v.new_zeros(v.shape[0], dtype=torch.float32 if narrow else None)
-        return scaled_norm(self, v, self.max_abs(v, like))
-
-    def max_abs(self, v: Tensor, like: Tensor) -> Tensor:
-        largest: Tensor = torch.linalg.vector_norm(v.detach(), float("inf"), dim=1) if v.shape[1] else like
-        return largest.to(like.dtype)
-
-    def power_of_two(self, x: Tensor) -> Tensor:
-        return x / (2.0 * torch.frexp(x)[0])
+        return scaled_norm(self, v, self.numbers.max_abs(v, like))
 
     def inner(self, a: Tensor, b: Tensor) -> Tensor:
         return (self.to_accum_dtype(a) * self.to_accum_dtype(b)).sum(1)

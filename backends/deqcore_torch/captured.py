@@ -71,8 +71,8 @@ def solve_function(
 
     # Equal tensors are one input of the graph, and f may also read those of z0.
     start = [leaf.clone() for leaf in leaves]
-    found = solve_graph(body, *start, *read, layout=f"({state}, {chosen}, {carrying})", leaves=count)
-    return _solution(z0, list(found))
+    outputs = solve_graph(body, *start, *read, layout=f"({state}, {chosen}, {carrying})", leaves=count)
+    return _solution(z0, list(outputs))
 
 
 @untraced
@@ -91,9 +91,9 @@ def _described(args: tuple[Any, ...], batched_args: tuple[int, ...], read: list[
     carrying: list[int] = []
     plain = all(i in range(len(args)) for i in batched_args)  # an eager call names the error
     for i, arg in enumerate(args):
-        found: list[Tensor] = []
-        plain = describe(arg, found, named=True) is not None and plain
-        for tensor in found:
+        tensors: list[Tensor] = []
+        plain = describe(arg, tensors, named=True) is not None and plain
+        for tensor in tensors:
             if i in batched_args:
                 carrying.append(len(read))
             again = any(tensor is other for other in read)
@@ -129,10 +129,10 @@ def solve_layer(layer: Layer, inputs: tuple[Any, ...], z0: Any) -> Solution | No
     layout = f"({state}, {given})"
     anchor = torch.empty((0,), device=leaves[0].device)
     recording, narrow = torch.is_grad_enabled(), autocast_dtype(leaves[0])
-    found = torch.ops.deqcore.solve(
+    outputs = torch.ops.deqcore.solve(
         anchor, tensors, layer.number, layout, len(leaves), wanted(tensors), recording, narrow, z0 is None
     )
-    return _solution(start, list(found))
+    return _solution(start, list(outputs))
 
 
 def _exported_layer(layer: Layer, start: Any, inputs: tuple[Any, ...]) -> Solution | None:
@@ -167,9 +167,9 @@ def _exported(f: Any, z0: Any, args: tuple[Any, ...], call: tuple[Config | None,
     return _reported(value, residual, status, steps, evaluations)
 
 
-def _solution(like: Any, found: list[Tensor]) -> Solution:
+def _solution(like: Any, outputs: list[Tensor]) -> Solution:
     """Return the results of the operator as a solution whose value is a tree like `like`."""
-    _, residual, status, steps, evaluations, *values = found
+    _, residual, status, steps, evaluations, *values = outputs
     return _reported(rebuilt(like, list(values)), residual, status, steps, evaluations)
 
 

@@ -140,8 +140,8 @@ def underivable(value: Tensor, sources: list[Tensor]) -> Tensor:
     # With strict = True the compiler traces this code, and breaks at a derivative itself.
     if not tracked or not torch.is_grad_enabled() or not is_moved(value) or torch.compiler.is_dynamo_compiling():
         return value
-    found: Tensor = _Underivable.apply(value, *tracked)
-    return found
+    marked: Tensor = _Underivable.apply(value, *tracked)
+    return marked
 
 
 def _begin(at: Map, z: Tensor, given: Numbers) -> State:

@@ -69,35 +69,35 @@ def leaves_like(value: Tree, z: Tree, *, checked: bool = True) -> list[Tensor]:
     Raises:
         ProblemError: the value is not a tree like z, or a tensor has another shape or dtype.
     """
-    found: list[Tensor] = []
-    _match(value, z, found)
+    leaves: list[Tensor] = []
+    _match(value, z, leaves)
     if not checked:
-        return found
-    return [_checked(leaf, like) if is_moved(like) else leaf for leaf, like in zip(found, _tensors(z), strict=True)]
+        return leaves
+    return [_checked(leaf, like) if is_moved(like) else leaf for leaf, like in zip(leaves, _tensors(z), strict=True)]
 
 
 def _tensors(tree: Tree) -> list[Tensor]:
-    found: list[Tensor] = []
-    describe(tree, found, named=True)
-    return found
+    tensors: list[Tensor] = []
+    describe(tree, tensors, named=True)
+    return tensors
 
 
-def _match(value: Any, z: Any, found: list[Tensor]) -> None:
+def _match(value: Any, z: Any, leaves: list[Tensor]) -> None:
     if isinstance(z, Tensor):
         if is_moved(z) and not isinstance(value, Tensor):
             _refuse(value, f"a tensor of the shape {tuple(z.shape)}")
-        found.append(value if is_moved(z) else z.clone())  # a graph must not return its inputs
+        leaves.append(value if is_moved(z) else z.clone())  # a graph must not return its inputs
     elif isinstance(z, dict):
         if not isinstance(value, dict) or len(value) != len(z) or any(key not in value for key in z):
             _refuse(value, f"a dict with the keys {list(z)}")
         for key in z:
-            _match(value[key], z[key], found)
+            _match(value[key], z[key], leaves)
     elif isinstance(z, list | tuple):
         same = is_named(z) == is_named(value) and isinstance(value, list if isinstance(z, list) else tuple)
         if not same or len(value) != len(z):
             _refuse(value, f"a {type(z).__name__} of {len(z)}")
         for part, like in zip(value, z, strict=True):
-            _match(part, like, found)
+            _match(part, like, leaves)
 
 
 def _checked(value: Tensor, z: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from torch.autograd import forward_ad
 
 from deqcore.abc.adjoint import AdjointSolver
 from deqcore.abc.backend import Backend
+from deqcore.abc.backward import refuse_vjp
 from deqcore.errors import ProblemError, StrategyError
 from deqcore.types import Map, SolveResult, Tree
 from deqcore_torch.checkpoints import CURE, largest
@@ -186,7 +187,7 @@ class _Equation:
 
     def vjp(self, z: Tensor) -> Map:
         """Return u ↦ Jᵀu at z."""
-        return vjp_of(self.f, z)[1] if self.adjoint.uses_vjp else _no_vjp
+        return vjp_of(self.f, z)[1] if self.adjoint.uses_vjp else refuse_vjp
 
     def jvp(self, z: Tensor) -> Map:
         """Return v ↦ J v at z: the transpose of `vjp`."""
@@ -214,7 +215,7 @@ class _Equation:
         )
 
     def _linearized(self, z: Tensor) -> tuple[Tensor | None, Map]:
-        return vjp_of(self.f, z) if self.adjoint.uses_vjp else (None, _no_vjp)
+        return vjp_of(self.f, z) if self.adjoint.uses_vjp else (None, refuse_vjp)
 
     def _pushed(self, z: Tensor) -> tuple[Tensor | None, Map]:
         return jvp_of(self.f, z)
@@ -245,10 +246,6 @@ class _Equation:
             return u
 
         return solve
-
-
-def _no_vjp(u: Tensor) -> Tensor:
-    raise StrategyError("The strategy called vjp although its uses_vjp() returns False. Make uses_vjp() return True.")
 
 
 class _Root(torch.autograd.Function):

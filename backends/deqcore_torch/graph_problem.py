@@ -91,8 +91,10 @@ class SolveGraph(BaseHOP):
         anchor = torch.empty((0,), device=operands[0].device)
         given = list(operands)
         recording, narrow = torch.is_grad_enabled(), autocast_dtype(given[0])
-        found = torch.ops.deqcore.solve(anchor, given, number, layout, leaves, wanted(given), recording, narrow, False)
-        return tuple(found)
+        outputs = torch.ops.deqcore.solve(
+            anchor, given, number, layout, leaves, wanted(given), recording, narrow, False
+        )
+        return tuple(outputs)
 
 
 solve_graph = SolveGraph()

@@ -45,8 +45,8 @@ class Lanes:
     def now(cls) -> Lanes:
         """Return those of this point of the program; none outside of vmap."""
         stack = get_interpreter_stack() or []
-        mapped = [VmapInterpreter(each) for each in stack if each.key() == TransformType.Vmap]
-        return cls(tuple(each.level() for each in mapped), tuple(each.batch_size() for each in mapped))
+        mapped = [VmapInterpreter(entry) for entry in stack if entry.key() == TransformType.Vmap]
+        return cls(tuple(vmap.level() for vmap in mapped), tuple(vmap.batch_size() for vmap in mapped))
 
     def __bool__(self) -> bool:
         return bool(self.levels)
@@ -101,11 +101,11 @@ class Lanes:
             on_rows = enter(f)
             return solve(lambda rows: detached(rows, on_rows), start)
 
-        found = self.outside(run)
-        return SolveResult(*(self.wrapped(each) if isinstance(each, Tensor) else each for each in found))
+        result = self.outside(run)
+        return SolveResult(*(self.wrapped(part) if isinstance(part, Tensor) else part for part in result))
 
     def solve_linear(self, product: Map, b: Tensor, solve: Callable[[Map, Tensor], Tensor]) -> Tensor:
         """Return the solution of a linear equation for a batched right-hand side, by `solve(product, b)` on rows."""
         rows = self.flat(b).detach()
-        found: Tensor = self.outside(lambda enter: solve(enter(product), rows))
-        return self.wrapped(found.detach())
+        solution: Tensor = self.outside(lambda enter: solve(enter(product), rows))
+        return self.wrapped(solution.detach())

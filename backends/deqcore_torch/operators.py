@@ -42,7 +42,7 @@ class _Record:
     values: list[Tensor]
     sources: list[Tensor]
 
-    def pull(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def vjp(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
         pairs = [(v, g) for v, g in zip(self.values, cotangents, strict=True) if g is not None and v.requires_grad]
         if not pairs:
             return [None] * len(self.sources)
@@ -70,15 +70,15 @@ _ON_HOST = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) 
 
 def _plain_keys() -> tuple[Any, Any]:
     """Return the dispatch keys of a thread in which nothing is switched off."""
-    found: list[Any] = []
+    keys: list[Any] = []
 
     def read() -> None:
-        found.extend((torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()))
+        keys.extend((torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()))
 
     thread = threading.Thread(target=read)
     thread.start()
     thread.join()
-    return found[0], found[1]
+    return keys[0], keys[1]
 
 
 _KEYS = _plain_keys()
@@ -129,13 +129,13 @@ def solve(
             _check_leaves(values, local)
     token = _token(_Record(values, [local[i] for i in wanted]) if wanted else None)
     reports = (solution.residual, solution.status, solution.steps, solution.evaluations)
-    found = [
+    outputs = [
         token,
-        *(each.detach().clone() for each in reports),
+        *(report.detach().clone() for report in reports),
         *(v.detach().clone(memory_format=torch.contiguous_format) for v in values),
     ]
-    _check_shapes(found, tensors[:leaves], numbered[problem].rows(layout, tensors[:leaves]))
-    return found
+    _check_shapes(outputs, tensors[:leaves], numbered[problem].rows(layout, tensors[:leaves]))
+    return outputs
 
 
 def _check_leaves(values: list[Tensor], local: list[Tensor]) -> None:
@@ -162,10 +162,10 @@ def _check_leaves(values: list[Tensor], local: list[Tensor]) -> None:
         stack.extend(following for following, _ in node.next_functions)
 
 
-def _check_shapes(found: list[Tensor], state: Sequence[Tensor], rows: tuple[int, ...]) -> None:
+def _check_shapes(outputs: list[Tensor], state: Sequence[Tensor], rows: tuple[int, ...]) -> None:
     expected = [tuple(t.shape) for t in state]
-    shapes = [tuple(t.shape) for t in found[1 + REPORTS :]]
-    reported = tuple(found[1].shape)
+    shapes = [tuple(t.shape) for t in outputs[1 + REPORTS :]]
+    reported = tuple(outputs[1].shape)
     if shapes != expected or reported != rows:
         raise BackendError(
             f"The solve returned leaves of shapes {shapes} and a report of shape {reported}, but compiled code was "
@@ -195,7 +195,7 @@ def solve_backward(token: Tensor, cotangents: Sequence[Tensor | None], like: lis
             "The record of a compiled solve must be in this process (got results of another). Solve here."
         )
     with _with_autograd():
-        gradients = record.pull(cotangents)
+        gradients = record.vjp(cotangents)
     return [_shaped(g, t) for g, t in zip(gradients, like, strict=True)]
 
 
@@ -218,12 +218,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 def _pull(ctx: Any, cotangents: list[Tensor | None]) -> Any:
     token, *like = ctx.saved_tensors
-    found: list[Tensor | None] = [None] * ctx.count
+    gradients: list[Tensor | None] = [None] * ctx.count
     if like:
         pulled = torch.ops.deqcore.solve_backward(token, list(cotangents[1 + REPORTS :]), like)
         for i, gradient in zip(ctx.wanted, pulled, strict=True):
-            found[i] = gradient
-    return None, found, None, None, None, None, None, None, None
+            gradients[i] = gradient
+    return None, gradients, None, None, None, None, None, None, None
 
 
 def _refuse(ctx: Any, *cotangents: Any) -> Any:

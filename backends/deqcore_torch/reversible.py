@@ -59,7 +59,7 @@ class _Job:
             pair = self.rule.step(self.f, pair)
         return self.rule.down(pair[1])
 
-    def pull(self, y: Tensor, z: Tensor, g: Tensor, sources: Sequence[Tensor]) -> list[Tensor | None]:
+    def vjp(self, y: Tensor, z: Tensor, g: Tensor, sources: Sequence[Tensor]) -> list[Tensor | None]:
         """Undo all steps; return the gradients of the sources."""
         back = _Pass(self.f, self.rule, sources)
         if back.nested:
@@ -177,7 +177,7 @@ class _Reversible(torch.autograd.Function):
             value = job.ambient.around(job.recorded)()
             gradients: Any = partial([value], sources, [g], create_graph=True)
         else:
-            gradients = job.ambient.around(job.pull)(y, z, g, sources)
+            gradients = job.ambient.around(job.vjp)(y, z, g, sources)
         return (None, None, None, *gradients)
 
 

@@ -127,7 +127,7 @@ class _Pushed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parts: list[Tensor], wanted: list[Tensor], tied: list[Tensor], *inputs: Tensor) -> Any:
         begun = sequence()
-        given = [each.detach().requires_grad_() for each in inputs[len(tied) :]]
+        given = [tensor.detach().requires_grad_() for tensor in inputs[len(tied) :]]
         with torch.enable_grad():
             gradients = partial(parts, wanted, given, create_graph=True)
         ctx.set_materialize_grads(False)

@@ -167,10 +167,10 @@ class TorchTrainer(Trainer):
         with torch.no_grad():
             leaves = [leaf.flatten(1) for leaf in sol.backend.flatten(sol.value)[0]]
             scale = torch.cat(leaves, dim=1).norm(dim=1)
-        steps = [each.cpu().numpy() for each in (sol.evaluations, sol.residual, sol.status)]
+        steps = [figure.cpu().numpy() for figure in (sol.evaluations, sol.residual, sol.status)]
         report = sol.backward
         if report is not None:
-            report = AdjointReport(*(each.detach().cpu().numpy() for each in report))
+            report = AdjointReport(*(figure.detach().cpu().numpy() for figure in report))
         return Figures.of(steps, scale.cpu().numpy(), report)
 
     def _move(self, a: Numbers) -> Tensor:

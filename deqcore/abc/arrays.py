@@ -36,6 +36,16 @@ class HostArrays(Protocol):
         """See `HostViews`."""
 
 
+class RowNumbers(Protocol):
+    """What scaling needs of numbers, see `deqcore.abc.numbers.NumberOps`."""
+
+    def max_abs(self, v: Array, like: Array) -> Array:
+        """See `NumberOps`."""
+
+    def power_of_two(self, x: Array) -> Array:
+        """See `NumberOps`."""
+
+
 class ArrayOps(Protocol):
     """The methods of `deqcore.abc.backend.Backend` that its own parts call; they are documented there.
 
@@ -49,6 +59,10 @@ class ArrayOps(Protocol):
 
     @property
     def host(self) -> HostArrays:
+        """See `Backend`."""
+
+    @property
+    def numbers(self) -> RowNumbers:
         """See `Backend`."""
 
     def is_array(self, leaf: object) -> bool:
@@ -79,12 +93,6 @@ class ArrayOps(Protocol):
         """See `Backend`."""
 
     def eps(self, x: Array) -> float:
-        """See `Backend`."""
-
-    def max_abs(self, v: Array, like: Array) -> Array:
-        """See `Backend`."""
-
-    def power_of_two(self, x: Array) -> Array:
         """See `Backend`."""
 
     def select(self, mask: Array, new: Array, old: Array) -> Array:

@@ -4,9 +4,9 @@ Read this file first, `solver.py` second, `backward.py` third.
 
 The contract has three layers. Ordinary array mathematics goes through the **array namespace** `Backend.xp` (the array
 API standard). Operations outside that standard are methods of **Backend**: frozen rows, loops, transfers to the host,
-and histories. What only some readers need stands apart, in **parts** of a backend, a file each: `autodiff`, `linalg`,
-`guards`, `host`, `kernels` and `harness`. The **History** is the only large object in a solver, and its products are
-the only hot loops outside f, so a backend owns its storage.
+and histories. What only some readers need is in **parts** of a backend, a file each: `autodiff`, `linalg`,
+`guards`, `numbers`, `host`, `kernels` and `harness`. The **History** is the only large object in a solver, and its
+products are the only hot loops outside f, so a backend owns its storage.
 
 Requirements that every backend keeps, and that `deqcore.testing` checks:
 
@@ -18,9 +18,8 @@ Requirements that every backend keeps, and that `deqcore.testing` checks:
    `known_all` (which returns False if it would have to wait) and `to_numpy`.
 5. Operations are functional: they return new values. A backend may write in place if no other code can observe it.
 
-A method that is not abstract has a default, right for an eager framework whose arrays behave like NumPy's and live on
-the host. A backend implements the abstract methods first, and overrides the defaults that its framework does
-differently or faster. It names the classes of its parts: only `linalg_class` and `autodiff_class` have no default.
+A method that is not abstract has a default, right for an eager framework with NumPy-like arrays on the host. Of the
+classes of its parts only `linalg_class` and `autodiff_class` have none.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, ClassVar
 
-import numpy as np
 import optree
 
 from deqcore.abc.autodiff import Autodiff
@@ -42,15 +40,12 @@ from deqcore.abc.history import History
 from deqcore.abc.host import HostViews
 from deqcore.abc.kernels import FusedKernels
 from deqcore.abc.linalg import SmallLinalg
+from deqcore.abc.numbers import NumberOps
 from deqcore.abc.scaling import guarded_norm
 from deqcore.errors import BackendError
 from deqcore.types import Array, Capabilities, LoopVars, Tree
 
-
-@cache
-def _dtype_name(dtype: Any) -> str:
-    """Return the name of a dtype; NumPy takes longer to build it than for most operations on small arrays."""
-    return str(dtype)
+_dtype_name = cache(str)  # NumPy takes longer to build a name than for most operations on small arrays
 
 
 class Backend(ABC):
@@ -72,6 +67,7 @@ class Backend(ABC):
     linalg_class: ClassVar[type[SmallLinalg]]
     autodiff_class: ClassVar[type[Autodiff]]
     guards_class: ClassVar[type[CallGuards]] = CallGuards
+    numbers_class: ClassVar[type[NumberOps]] = NumberOps
     host_class: ClassVar[type[HostViews]] = HostViews
     kernels_class: ClassVar[type[FusedKernels] | None] = None
     harness_class: ClassVar[type[Harness]] = Harness
@@ -81,6 +77,7 @@ class Backend(ABC):
         self.linalg: SmallLinalg = self.linalg_class(self)
         self.autodiff: Autodiff = self.autodiff_class(self)
         self.guards: CallGuards = self.guards_class(self)
+        self.numbers: NumberOps = self.numbers_class(self)
         self.host: HostViews = self.host_class(self)
         self.kernels: FusedKernels | None = None if self.kernels_class is None else self.kernels_class(self)
         self.harness: Harness = self.harness_class(self)
@@ -129,14 +126,6 @@ class Backend(ABC):
         """Cast to the dtype of this name; gradients pass."""
         return x.astype(dtype)
 
-    def to_pairs(self, x: Array) -> Array:
-        """Return a complex array as a real one with a last axis of 2, real and imaginary part. With `complex` only."""
-        return self.xp.stack((self.xp.real(x), self.xp.imag(x)), axis=-1)
-
-    def from_pairs(self, x: Array) -> Array:
-        """Undo `to_pairs`; gradients pass through both by the framework's own convention."""
-        raise NotImplementedError(f"The backend {self.name!r} does not offer complex states.")
-
     def to_device(self, x: Array, device: str) -> Array:
         """Move `x` to the device of this name: ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
 
@@ -150,17 +139,6 @@ class Backend(ABC):
     @abstractmethod
     def detach(self, x: Array) -> Array:
         """Return the same numbers without a gradient."""
-
-    def normal(self, like: Array, seed: int, index: Sequence[Any]) -> Array:
-        """Return standard normal numbers of the shape and dtype of `like`, a function of the seed and the index alone.
-
-        Args:
-            like: `(batch, n)`.
-            seed: at least 0.
-            index: integers of at least 0; a tracing backend also takes traced scalars.
-        """
-        drawn = np.random.default_rng([seed, *map(int, index)]).standard_normal(tuple(like.shape))
-        return self.cast(self.asarray(drawn, like=like), like)
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 
@@ -185,15 +163,6 @@ class Backend(ABC):
         xp, square = self.xp, self.inner(v, v)
         zero = square == 0  # the root's derivative there is infinite
         return guarded_norm(self, v, xp.where(zero, square, xp.sqrt(xp.where(zero, xp.ones_like(square), square))))
-
-    def max_abs(self, v: Array, like: Array) -> Array:
-        """Return the largest |v_i| of each row, in the dtype of `like`."""
-        xp = self.xp
-        return self.cast(xp.max(xp.abs(self.detach(v)), axis=1), like) if v.shape[1] else xp.zeros_like(like)
-
-    def power_of_two(self, x: Array) -> Array:
-        """Return the largest power of two that is at most x > 0; exact to the bit if the backend overrides it."""
-        return 2.0 ** self.xp.floor(self.xp.log2(x))
 
     def inner(self, a: Array, b: Array) -> Array:
         """Return the inner product of each row of `a` with that of `b`: `(batch,)` in the wide dtype."""
@@ -274,14 +243,6 @@ class Backend(ABC):
         for _ in range(times):
             carry = body(carry)
         return carry
-
-    def as_scalar(self, value: Any, like: Array) -> Any:
-        """Convert a tolerance or step budget to the form that the loops of this backend take.
-
-        Eager backends keep the Python number. A tracing backend makes it an array (an integer stays an integer, a float
-        takes the dtype of norms of `like`), so that another value recompiles nothing.
-        """
-        return value
 
     def errstate(self) -> AbstractContextManager[object]:
         """Silence the framework's warnings of NaN and inf inside the block, where they are statuses."""

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, Never, TypeAlias
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.inverse_jacobian import InverseJacobian
 from deqcore.abc.solver import Solver
+from deqcore.errors import StrategyError
 from deqcore.types import AdjointReport, Array, Map, Reached, SolveResult, Status
 
 MakeSolver: TypeAlias = Callable[[str, Mapping[str, object]], Solver]
@@ -151,6 +152,15 @@ class StepStrategy(ABC):
     def solves(self) -> bool:
         """Return whether the fixed point is solved for first."""
         return True
+
+
+def refuse_vjp(u: Array) -> Never:
+    """Take the place of `vjp` for a strategy that declares that it does not use it.
+
+    Raises:
+        StrategyError: always.
+    """
+    raise StrategyError("The strategy called vjp, although its uses_vjp() returns False. Make uses_vjp() return True.")
 
 
 def relative(backend: Backend, a: Array, b: Array) -> Array:

@@ -22,13 +22,13 @@ def guarded_norm(be: ArrayOps, v: Array, plain_norm: Array) -> Array:
     Rows whose norm is too extreme to be squared are scaled and summed a second time. Without such a row (almost
     always) this costs a comparison of `(batch,)` numbers; with zero rows, a search for their largest entry.
     """
-    xp, low = be.xp, _least(be.xp, plain_norm.dtype) ** (1 / 3)
+    xp, low = be.xp, least_plain_norm(be.xp, plain_norm.dtype)
     host = be.host.numpy_view(plain_norm)
     if host is not None:
         doubtful = ~((host > low) & (host < 1 / low))
         if not np.count_nonzero(doubtful):
             return plain_norm
-        top = be.host.numpy_view(be.max_abs(v, plain_norm))
+        top = be.host.numpy_view(be.numbers.max_abs(v, plain_norm))
         if top is not None and not np.count_nonzero(doubtful & (top > 0) & np.isfinite(top)):
             return plain_norm
     safe = (plain_norm > low) & (plain_norm < 1 / low)
@@ -36,11 +36,17 @@ def guarded_norm(be: ArrayOps, v: Array, plain_norm: Array) -> Array:
         return plain_norm
 
     def again(plain_norm: Array) -> Array:
-        largest = be.max_abs(v, plain_norm)
+        largest = be.numbers.max_abs(v, plain_norm)
         lost = ~safe & (largest > 0) & xp.isfinite(largest)
         return be.cond(lost, lambda old: xp.where(lost, scaled_norm(be, v, largest), old), plain_norm)
 
     return be.cond(~safe, again, plain_norm)
+
+
+def least_plain_norm(xp: Any, dtype: Any) -> float:
+    """Return the smallest norm that a plain sum of squares gives to rounding; the largest is its inverse."""
+    least: float = _least(xp, dtype) ** (1 / 3)
+    return least
 
 
 def scaled_norm(be: ArrayOps, v: Array, largest: Array) -> Array:
@@ -49,7 +55,7 @@ def scaled_norm(be: ArrayOps, v: Array, largest: Array) -> Array:
     sound = (largest > 0) & xp.isfinite(largest)
     one = xp.ones_like(largest)
     tiny = float(xp.finfo(largest.dtype).smallest_normal)
-    scale = xp.clip(be.power_of_two(xp.where(sound, largest, one)), tiny, 1 / tiny)
+    scale = xp.clip(be.numbers.power_of_two(xp.where(sound, largest, one)), tiny, 1 / tiny)
     scaled = be.cast(v, scale) * (1.0 / scale)[:, None]
     square = xp.sum(scaled * scaled, axis=1)
     zero = square == 0  # the root's derivative there is infinite
@@ -84,7 +90,7 @@ def row_scale(be: ArrayOps, norm: Array, like: Array) -> Array | None:
     kind = xp.finfo(like.dtype)
     bound = 2.0 ** (math.floor(math.log2(min(1 / float(kind.smallest_normal), float(kind.max)))) - 1)
     one = xp.ones_like(norm)
-    return xp.clip(be.power_of_two(xp.where(plain, one, norm)) * one, 1 / bound, bound)
+    return xp.clip(be.numbers.power_of_two(xp.where(plain, one, norm)) * one, 1 / bound, bound)
 
 
 def divide_rows(be: ArrayOps, v: Array, scale: Array | None) -> Array:

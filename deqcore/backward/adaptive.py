@@ -192,11 +192,11 @@ class _Task:
         backend, xp = self.backend, self.backend.xp
         if not w.shape[0]:
             return self.s.growth
-        each = relative(backend, backend.norm(w), backend.norm(self.g))
-        sound = xp.isfinite(each) & (each > 0)
-        one, none = xp.ones_like(each), xp.zeros_like(each)
+        growth = relative(backend, backend.norm(w), backend.norm(self.g))
+        sound = xp.isfinite(growth) & (growth > 0)
+        one, none = xp.ones_like(growth), xp.zeros_like(growth)
         count = xp.maximum(xp.sum(xp.where(sound, one, none)), one[0])
-        return self._small(xp.sum(xp.where(sound, each, none)) / count)
+        return self._small(xp.sum(xp.where(sound, growth, none)) / count)
 
     def _small(self, x: Array) -> Array:
         """Return an array where decisions are made."""
@@ -219,19 +219,19 @@ class _Task:
         k = space.grow(k, goal, SPACE - (m - 1))
         u = space.solution(k)
         met = (k.residual <= goal) & xp.isfinite(k.residual)
-        found = _Pass(u, xp.where(met, p.status * 0 + int(Status.CONVERGED), p.status), k.steps + 0 * p.vjps,
+        current = _Pass(u, xp.where(met, p.status * 0 + int(Status.CONVERGED), p.status), k.steps + 0 * p.vjps,
                       backend.cast(relative(backend, k.residual, norm), p.residual), p.products, p.state)  # fmt: skip
-        found = backend.cond(~met & xp.isfinite(norm), lambda q: self._finished(q, met), found)
-        found = self._marked(found, norm)
+        current = backend.cond(~met & xp.isfinite(norm), lambda q: self._finished(q, met), current)
+        current = self._marked(current, norm)
         after = self.rules.pack(self.xp, self.s._replace(since=self.s.since + 1))
 
         def audited(q: _Pass) -> _Pass:
             sound = self.inputs.converged & (q.status == int(Status.CONVERGED))
-            gram, products = powers_gram(backend, k, first.null_vector, q.u, sound, m, self.inputs.pull)
+            gram, products = powers_gram(backend, k, first.null_vector, q.u, sound, m, self.inputs.parameter_vjp)
             state = self._learned(self._small(gram))
             return q._replace(products=q.products + products, state=self.rules.pack(self.xp, state))
 
-        return backend.cond(_flag(backend, self.audit, self.g), audited, found._replace(state=after))
+        return backend.cond(_flag(backend, self.audit, self.g), audited, current._replace(state=after))
 
     def _finished(self, p: _Pass, met: Array) -> _Pass:
         """Solve the samples again that one Krylov space does not solve, as exact-ift does."""
@@ -274,7 +274,7 @@ class _Task:
         after = after._replace(passes=after.passes + 1, vjps=after.vjps + most, products=after.products + spent)
         judged = self.audit & (after.audits > self.s.audits) & (after.error >= 0)
         unknown = self.xp.full_like(after.error, float("nan"))
-        error, cosine = (self.xp.where(judged, each, unknown) for each in (after.error, after.cosine))
+        error, cosine = (self.xp.where(judged, figure, unknown) for figure in (after.error, after.cosine))
         nothing = backend.xp.zeros_like(plain.residual)
         filled = plain._replace(
             status=p.status, vjps=p.vjps, residual=p.residual, gradient_products=p.products,

@@ -129,7 +129,7 @@ class BroydenReuse(Strategy):
         self, backend: Backend, vjp: Map, g: Array, estimate: InverseJacobian, max_relative_error: float
     ) -> tuple[Array, AdjointReport]:
         xp = backend.xp
-        found = solve_to_error(
+        refined = solve_to_error(
             backend,
             vjp,
             g,
@@ -138,11 +138,11 @@ class BroydenReuse(Strategy):
             max_relative_error=max_relative_error,
             max_vjps=self.max_refine_vjps,
         )
-        u, vjps, residual, error = found.u, found.vjps, found.residual, found.error
-        status = statuses(backend, found)
+        u, vjps, residual, error = refined.u, refined.vjps, refined.residual, refined.error
+        status = statuses(backend, refined)
         replaced = vjps < 0
         if self.fallback != "none":
-            u, vjps, residual, replaced = self._fall_back(backend, vjp, g, u, vjps, residual, found.met)
+            u, vjps, residual, replaced = self._fall_back(backend, vjp, g, u, vjps, residual, refined.met)
             error = xp.where(replaced, xp.full_like(error, float("nan")), error)
         return u, report(backend, g, status=status, vjps=vjps, residual=residual, error=error, fallback=replaced)
 
@@ -157,11 +157,11 @@ class BroydenReuse(Strategy):
             if self.fallback == "exact-ift":
                 # Samples that are done ask for nothing: their right-hand side is zero.
                 wanted = backend.select(met, xp.zeros_like(g), g)
-                found = gmres(
+                solution = gmres(
                     backend, vjp, wanted, rtol=default_rtol(backend, g), max_steps=self.max_refine_vjps, shifted=True
                 )
-                other, products = found.x, found.products
-                left = relative(backend, found.residual, backend.norm(g))
+                other, products = solution.x, solution.products
+                left = relative(backend, solution.residual, backend.norm(g))
             else:
                 other, products = g, xp.ones_like(vjps)
                 left = relative(backend, backend.norm(vjp(g)), backend.norm(g))

@@ -166,7 +166,7 @@ class Controller:
 
     def pack(self, xp: Any, learned: Learned) -> Array:
         """Undo `unpack`."""
-        scalars = [xp.reshape(each, (1,)) for each in learned[:SCALARS]]
+        scalars = [xp.reshape(scalar, (1,)) for scalar in learned[:SCALARS]]
         return xp.concat([*scalars, *learned[SCALARS:-1], xp.reshape(learned.gram, (-1,))])
 
     def due(self, xp: Any, s: Learned) -> Array:

@@ -109,7 +109,7 @@ class Looped(StepStrategy):
         """Return the last state."""
         total = self.total(backend, step, z0)
         if self.start_noise is not None:
-            z0 = z0 + self.start_noise * backend.normal(z0, self.seed or 0, (step, 0))
+            z0 = z0 + self.start_noise * backend.numbers.normal(z0, self.seed or 0, (step, 0))
 
         def body(f: Map, z: Array, i: Any) -> Array:
             return self._step(backend, f, z, step, i)
@@ -149,7 +149,7 @@ class Looped(StepStrategy):
     def _step(self, backend: Backend, f: Map, z: Array, step: Any, i: Any) -> Array:
         fz = f(z)
         z = fz if self.damping == 1.0 else z + self.damping * (fz - z)
-        return z if self.noise is None else z + self.noise * backend.normal(z, self.seed or 0, (step, i + 1))
+        return z if self.noise is None else z + self.noise * backend.numbers.normal(z, self.seed or 0, (step, i + 1))
 
     def _reached(self, backend: Backend, f: Map, z0: Array, z: Array, total: Any) -> Reached:
         begin = backend.detach(z0)

@@ -138,8 +138,8 @@ def _subject(where: str, cell: str | None, inputs: str | None) -> LayerUnderTest
     given = None if inputs is None else _inputs(file, inputs)
     loaded = _loaded(file, name, given is not None)
     if isinstance(loaded, LayerUnderTest):
-        found = None if cell is None else _cell(file, loaded.layer, cell)
-        return replace(loaded, **_known({"cell": found, "inputs": given}))
+        chosen_cell = None if cell is None else _cell(file, loaded.layer, cell)
+        return replace(loaded, **_known({"cell": chosen_cell, "inputs": given}))
     module, own = (loaded[0], loaded[1:]) if isinstance(loaded, tuple) and loaded else (loaded, ())
     given = own if given is None else given
     if not callable(module):
@@ -168,8 +168,8 @@ def _loaded(file: UserFile, name: str, with_inputs: bool) -> Any:
 
 def _needs_arguments(function: Any) -> bool:
     parameters = inspect.signature(function).parameters.values()
-    return any(each.default is each.empty and each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
-               for each in parameters)  # fmt: skip
+    needed = [parameter for parameter in parameters if parameter.default is parameter.empty]
+    return any(one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD) for one in needed)
 
 
 def _cell(file: UserFile, layer: Any, name: str) -> Any:

@@ -169,6 +169,10 @@ class Config:
         origins = [origin for other, origin in self._layer.origins.items() if other[: len(key)] == key]
         return " and ".join(dict.fromkeys(origins)) or "default"
 
+    def is_set(self, name: str) -> bool:
+        """Return whether the setting `name`, dotted as in `origin`, was chosen, so that it is not the default."""
+        return self.origin(name) != "default"
+
     def items(self) -> Iterator[tuple[str, object, str]]:
         """Yield every setting: its dotted name, its value and its source."""
         for key in KEYS:

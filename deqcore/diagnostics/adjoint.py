@@ -125,17 +125,17 @@ def _after_audits(
     """Return what a strategy with state does in its third pass on this problem, which the first two have audited."""
     backend = plan.backend
 
-    def pull(u: Array) -> tuple[Array, ...]:
+    def parameter_vjp(u: Array) -> tuple[Array, ...]:
         return tuple(part for part in backend.flatten(_gradients(plan, f, args, u, forward.z))[0] if part is not None)
 
     def one(carry: tuple[Array, AdjointReport, Array]) -> tuple[Array, AdjointReport, Array]:
         converged = forward.status == int(Status.CONVERGED)
-        inputs = PassInputs(carry[2], converged, forward.residual, pull)
+        inputs = PassInputs(carry[2], converged, forward.residual, parameter_vjp)
         return adjoint.advance(vjp, g, forward.carry.state, None, inputs)
 
     values = backend.asarray(np.asarray(strategy.init_state(), np.float32), dtype="float32", like=g)
-    u, found, _ = backend.scan(one, (g, report(backend, g), values), TURNS)
-    return u, found
+    u, last, _ = backend.scan(one, (g, report(backend, g), values), TURNS)
+    return u, last
 
 
 def vjp_at(plan: Plan, f: Callable[..., Array], args: tuple[Any, ...], forward: SolveResult) -> Map:

@@ -47,7 +47,7 @@ def linearize(f: Callable[..., Tree], z: Tree, args: tuple[Any, ...], batch: boo
 
 def host(backend: Backend, x: Array) -> Any:
     """Return an array on the host in float64; complex numbers as pairs, in a last axis of 2."""
-    found = backend.to_numpy(backend.detach(x))
-    if np.iscomplexobj(found):
-        found = np.stack([found.real, found.imag], axis=-1)
-    return found.astype(np.float64)
+    array = backend.to_numpy(backend.detach(x))
+    if np.iscomplexobj(array):
+        array = np.stack([array.real, array.imag], axis=-1)
+    return array.astype(np.float64)

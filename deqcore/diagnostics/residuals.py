@@ -127,8 +127,8 @@ class _Recorded(Solver):
 
     def step(self, backend: Backend, f: Map, z: Array, fz: Array, state: _Recording) -> tuple[Array, Array, _Recording]:
         """Take the solver's own step, fused where the backend fuses it, and record its residual."""
-        found = fused_step(backend, self.solver, f, z, fz, state.inner)
-        z, fz, inner = found[:3] if found is not None else self.solver.step(backend, f, z, fz, state.inner)
+        fused = fused_step(backend, self.solver, f, z, fz, state.inner)
+        z, fz, inner = fused[:3] if fused is not None else self.solver.step(backend, f, z, fz, state.inner)
         ratio, taken = _ratio(backend, z, fz), state.taken + 1
         rest = self._columns(backend, ratio)[None, :] >= backend.cast(taken, ratio)[:, None]
         return z, fz, _Recording(inner, backend.xp.where(rest, ratio[:, None], state.curve), taken)

@@ -123,7 +123,7 @@ def spectral_penalty(
 
 
 def _start(at: Linearization) -> SpectralState:
-    draw = [at.backend.normal(at.backend.detach(at.z), 0, (i,)) for i in range(4)]
+    draw = [at.backend.numbers.normal(at.backend.detach(at.z), 0, (i,)) for i in range(4)]
     right, left = _orthonormal(at.backend, draw[0], draw[1]), _orthonormal(at.backend, draw[2], draw[3])
     return SpectralState(right, left)
 

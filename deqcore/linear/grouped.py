@@ -44,11 +44,11 @@ class Groups:
 
     def inputs(self, inputs: PassInputs) -> PassInputs:
         """Return what a strategy with state gets: a group has converged when all its rows have."""
-        xp, pull = self.backend.xp, inputs.pull
+        xp, parameter_vjp = self.backend.xp, inputs.parameter_vjp
         return inputs._replace(
             converged=xp.all(self._table(inputs.converged), axis=1),
             residual=self.backend.norm(self._table(inputs.residual)),
-            pull=None if pull is None else lambda u: pull(self.split(u)),
+            parameter_vjp=None if parameter_vjp is None else lambda u: parameter_vjp(self.split(u)),
         )
 
     def spread(self, report: AdjointReport) -> AdjointReport:

@@ -31,7 +31,7 @@ def powers_gram(
     u: Array,
     sound: Array,
     count: int,
-    pull: Callable[[Array], tuple[Array, ...]] | None,
+    parameter_vjp: Callable[[Array], tuple[Array, ...]] | None,
 ) -> tuple[Array, int]:
     """Return inner products of the gradients of u, g, Jᵀg, …, (Jᵀ)^(count−1) g.
 
@@ -45,7 +45,7 @@ def powers_gram(
         u: solution of u = g + Jᵀu `(batch, n)`.
         sound: samples that count `(batch,)` of bool.
         count: number of powers.
-        pull: products with the parameters; None: the vectors themselves are compared.
+        parameter_vjp: as in `PassInputs`; None: the vectors themselves are compared.
 
     Returns:
         `(count + 1, count + 1)`, in the wide dtype and in units of its first entry's root; and the number of products
@@ -54,7 +54,7 @@ def powers_gram(
     xp = backend.xp
     zero = xp.zeros_like(u)
     counted = backend.select(sound, u, zero)
-    pack, extra = _packing(backend, counted, pull)
+    pack, extra = _packing(backend, counted, parameter_vjp)
     target = pack(counted)
     size = backend.norm(target)
     usable = xp.isfinite(size) & (size > 0)
@@ -85,11 +85,11 @@ def powers_gram(
     end = backend.scan(step, start, count)
     lower = end.gram + xp.permute_dims(end.gram, (1, 0)) - end.gram * eye
     bad = xp.full_like(lower, float("nan"))
-    return xp.where(usable[0], lower, bad), count + 1 + extra if pull is not None else 0
+    return xp.where(usable[0], lower, bad), count + 1 + extra if parameter_vjp is not None else 0
 
 
 def _packing(
-    backend: Backend, u: Array, pull: Callable[[Array], tuple[Array, ...]] | None
+    backend: Backend, u: Array, parameter_vjp: Callable[[Array], tuple[Array, ...]] | None
 ) -> tuple[Callable[[Array], Array], int]:
     """Return `u ↦` one row `(1, L)` of gradient entries, and the products that it took to know which.
 
@@ -98,13 +98,13 @@ def _packing(
     its second half. They are not those of u, which is zero for samples that do not count.
     """
     xp, (batch, n) = backend.xp, u.shape
-    if pull is None:
+    if parameter_vjp is None:
         return lambda v: xp.reshape(v, (1, batch * n)), 0
     half = backend.asarray([i < batch // 2 for i in range(batch)], like=u) > 0
 
     def products(v: Array) -> list[Array]:
-        parts = pull(v)
-        return [backend.to_pairs(p) if "complex" in backend.dtype_name(p) else p for p in parts]
+        parts = parameter_vjp(v)
+        return [backend.numbers.to_pairs(p) if "complex" in backend.dtype_name(p) else p for p in parts]
 
     numbers = backend.cast(backend.asarray(np.cos(np.arange(1.0, n + 1.0)), like=u), u)
     probe = products(backend.select(half, numbers + xp.zeros_like(u), xp.zeros_like(u)))

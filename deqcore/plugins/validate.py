@@ -11,12 +11,14 @@ from deqcore.abc.harness import Harness
 from deqcore.abc.host import HostViews
 from deqcore.abc.kernels import FusedKernels
 from deqcore.abc.linalg import SmallLinalg
+from deqcore.abc.numbers import NumberOps
 from deqcore.errors import PluginError, listing
 
 PARTS: Final[dict[str, type]] = {
     "linalg_class": SmallLinalg,
     "autodiff_class": Autodiff,
     "guards_class": CallGuards,
+    "numbers_class": NumberOps,
     "host_class": HostViews,
     "kernels_class": FusedKernels,
     "harness_class": Harness,

@@ -112,10 +112,10 @@ class Adjoint(AdjointSolver):
 
     def _in_units(self, inputs: PassInputs, unit: Array | None) -> PassInputs:
         """Return products with the parameters of the true u, where `unit` scales its rows."""
-        pull = inputs.pull
-        if pull is None or unit is None:
+        parameter_vjp = inputs.parameter_vjp
+        if parameter_vjp is None or unit is None:
             return inputs
-        return inputs._replace(pull=lambda u: pull(multiply_rows(self.backend, u, unit)))
+        return inputs._replace(parameter_vjp=lambda u: parameter_vjp(multiply_rows(self.backend, u, unit)))
 
     def _verify_and_report(
         self, vjp: Map, g: Array, turn: Array | None, u: Array, report: AdjointReport

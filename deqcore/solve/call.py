@@ -12,8 +12,8 @@ from typing import Any
 
 from deqcore.errors import ProblemError, described
 from deqcore.solution import Solution
+from deqcore.solve import by_hand
 from deqcore.solve.mask import checked, masked
-from deqcore.solve.observer import Solve
 from deqcore.solve.opaque import opened
 from deqcore.solve.plan import Plan
 from deqcore.solve.report import report_failure, report_nondeterminism
@@ -60,8 +60,8 @@ def solve(
     raveled = plan.space.wrap(f, batched_args)
     value, forward, record = plan.run(raveled, plan.space.ravel(z0), args, state)
     solution = plan.solution(value, forward, record)
-    if plan.observer is not None:
-        plan.observer.solved(Solve(solution, plan.config, time.perf_counter() - start, f, z0, args))
+    if plan.observed is not None:
+        plan.observed(solution, time.perf_counter() - start, f, z0, args)
     report_nondeterminism(plan, raveled, args, forward, record)
     report_failure(plan, raveled, forward)
     return solution
@@ -81,12 +81,12 @@ def differentiate(
     g = plan.space.ravel_cotangent(cotangent)
     trees, closed = opened(plan.backend, args)
     raveled = plan.space.wrap(lambda z, *trees: f(z, *closed(trees)), batched_args)
-    run = plan.differentiate if plan.backend.capabilities.autodiff else plan.differentiate_by_hand
+    run = Plan.differentiate if plan.backend.capabilities.autodiff else by_hand.differentiate
     began = time.perf_counter()
-    value, gradients, forward, record = run(raveled, plan.space.ravel(z0), trees, g)
-    if plan.observer is not None:
+    value, gradients, forward, record = run(plan, raveled, plan.space.ravel(z0), trees, g)
+    if plan.observed is not None:
         solution = plan.solution(plan.backend.detach(value), forward, record)
-        plan.observer.solved(Solve(solution, plan.config, time.perf_counter() - began, f, z0, args))
+        plan.observed(solution, time.perf_counter() - began, f, z0, args)
     report_nondeterminism(plan, raveled, trees, forward, record)
     report_failure(plan, raveled, forward)
     return plan.space.unravel(value), closed(gradients)

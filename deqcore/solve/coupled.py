@@ -129,5 +129,5 @@ class CoupledLoop(DeviceLoop):
     def _anywhere(self, rows: Array) -> Array:
         """Return whether any unit of the same sample is among `rows` `(batch,)`."""
         xp = self.backend.xp
-        each = xp.reshape(rows, (rows.shape[0] // self.units, self.units))
-        return xp.reshape(each | xp.any(each, axis=1, keepdims=True), rows.shape)
+        samples = xp.reshape(rows, (rows.shape[0] // self.units, self.units))
+        return xp.reshape(samples | xp.any(samples, axis=1, keepdims=True), rows.shape)

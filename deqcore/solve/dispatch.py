@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from deqcore import config as settings
@@ -24,8 +24,9 @@ from deqcore.errors import (
     StrategyError,
 )
 from deqcore.linear.norms import default_rtol
+from deqcore.solution import Solution
 from deqcore.solve.flatten import RavelSpec
-from deqcore.solve.observer import observer
+from deqcore.solve.observer import Observer, Solve, observer
 from deqcore.solve.plan import Plan
 from deqcore.solve.user_line import warn
 from deqcore.types import Array, StoppingCriteria, Tree
@@ -71,7 +72,17 @@ def plan_call(
             f"step (got a StrategyState). Use deqcore_jax.strategy_state.carrying."
         )
     step = _step(resolved, scalars, backend)
-    return Plan(resolved, backend, solver, strategy, control, space, watcher, memory, step=step)
+    observed = None if watcher is None else partial(_pass_on, watcher, resolved)
+    return Plan(
+        forward, backward, backend, solver, strategy, control, space, resolved.is_set, observed, memory, step=step
+    )
+
+
+def _pass_on(
+    watcher: Observer, config: Config, solution: Solution, seconds: float, f: Any, z0: Tree, args: Any
+) -> None:
+    """Pass a call that has returned to the observer."""
+    watcher.solved(Solve(solution, config, seconds, f, z0, args))
 
 
 def _step(config: Config, scalars: Mapping[str, object], backend: Backend) -> Any:
@@ -87,10 +98,10 @@ def _criteria(config: Config, scalars: Mapping[str, object], backend: Backend, l
     rtol: Any = scalars.get("forward__rtol", forward.rtol)
     atol: Any = scalars.get("forward__atol", forward.atol)
     max_steps: Any = scalars.get("forward__max_steps", forward.max_steps)
-    if rtol == "auto" if isinstance(rtol, str) else False:
+    if isinstance(rtol, str):  # "auto"
         rtol = default_rtol(backend, like)
     for name, value in (("rtol", rtol), ("atol", atol), ("max_steps", max_steps)):
-        if name in {key.partition("__")[2] for key in scalars} and not backend.is_traced(value):
+        if f"forward__{name}" in scalars and not backend.is_traced(value):
             number = float(value)
             if not (number >= 0 and number < float("inf")):
                 raise ConfigError.bad_value("forward", name, number, "a finite number >= 0")
@@ -104,9 +115,9 @@ def _criteria(config: Config, scalars: Mapping[str, object], backend: Backend, l
             DtypeToleranceWarning,
         )
     return StoppingCriteria(
-        rtol=backend.as_scalar(rtol, like),
-        atol=backend.as_scalar(atol, like),
-        max_steps=backend.as_scalar(max_steps, like),
+        rtol=backend.numbers.as_scalar(rtol, like),
+        atol=backend.numbers.as_scalar(atol, like),
+        max_steps=backend.numbers.as_scalar(max_steps, like),
         check_every=forward.check_every,
         patience=forward.patience,
     )
@@ -145,8 +156,8 @@ def plain_leaves(tree: Tree) -> Iterator[Any]:
         for value in tree.values():
             yield from plain_leaves(value)
     elif is_dataclass(tree) and not isinstance(tree, type) and plugins.backend_of(tree) is None:
-        for each in fields(tree):
-            yield from plain_leaves(getattr(tree, each.name, None))
+        for field in fields(tree):
+            yield from plain_leaves(getattr(tree, field.name, None))
     else:
         yield tree
 

@@ -168,7 +168,7 @@ class RavelSpec:
         for i, (shape, size) in enumerate(zip(self.shapes, self.sizes, strict=True)):
             part = matrix if len(self.sizes) == 1 else matrix[:, start : start + size]
             if self._is_complex(i):
-                part = self.backend.from_pairs(xp.reshape(part, (*shape, 2)))
+                part = self.backend.numbers.from_pairs(xp.reshape(part, (*shape, 2)))
             leaves.append(part if part.shape == shape else xp.reshape(part, shape))
             start += size
         for position, leaf in self.carried:
@@ -218,7 +218,7 @@ class RavelSpec:
         xp = self.backend.xp
         rows = self.batch
         if self.complex:
-            leaves = [self.backend.to_pairs(a) if self.complex[i] else a for i, a in enumerate(leaves)]
+            leaves = [self.backend.numbers.to_pairs(a) if self.complex[i] else a for i, a in enumerate(leaves)]
         parts = [
             a if a.shape == (rows, size) else xp.reshape(a, (rows, size))
             for a, size in zip(leaves, self.sizes, strict=True)

@@ -132,7 +132,7 @@ def _fields(backend: Backend, leaf: Any, name: str) -> dict[str, Any]:
         ProblemError: it has.
     """
     attributes = _attributes(leaf)
-    given = {each.name for each in fields(leaf) if each.init or not hasattr(leaf, "__post_init__")}
+    given = {field.name for field in fields(leaf) if field.init or not hasattr(leaf, "__post_init__")}
     for key, value in attributes.items():
         if key not in given and _holds(backend, value):
             raise ProblemError(
@@ -141,7 +141,7 @@ def _fields(backend: Backend, leaf: Any, name: str) -> dict[str, Any]:
                 f"gradients would miss it. Compute it inside f, or pass the arrays themselves as a tree "
                 f"(a dict or a tuple)."
             )
-    return {each.name: attributes[each.name] for each in fields(leaf) if each.name in attributes}
+    return {field.name: attributes[field.name] for field in fields(leaf) if field.name in attributes}
 
 
 def _holds(backend: Backend, leaf: Any) -> bool:

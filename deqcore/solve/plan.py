@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from deqcore.abc.arrays import is_inexact
 from deqcore.abc.backend import Backend
 from deqcore.abc.backward import StepStrategy, Strategy
 from deqcore.abc.solver import Solver
 from deqcore.abc.stateful import StrategyState
-from deqcore.config import Config
+from deqcore.config.sections import Backward, Forward
 from deqcore.errors import (
     ConfigError,
     InitialIterateError,
-    StrategyError,
 )
 from deqcore.linear.grouped import Groups
 from deqcore.linear.norms import unmeasured
@@ -26,8 +24,6 @@ from deqcore.solve.failures import Watch
 from deqcore.solve.flatten import FlatFunction, RavelSpec
 from deqcore.solve.ledger import Account
 from deqcore.solve.loop import BoundSolve
-from deqcore.solve.observer import Observer
-from deqcore.solve.opaque import arrays_in
 from deqcore.solve.termination import greater, judged
 from deqcore.solve.traced_failures import TracedWatch
 from deqcore.solve.verification import coupled_rows
@@ -37,7 +33,6 @@ from deqcore.types import (
     Limits,
     LoopState,
     Map,
-    PassInputs,
     Reached,
     SolveResult,
     Status,
@@ -49,13 +44,15 @@ from deqcore.types import (
 class Plan:
     """One call, resolved: the layers below read neither settings nor registries."""
 
-    config: Config
+    forward: Forward
+    backward: Backward
     backend: Backend
     solver: Solver
     strategy: Strategy | StepStrategy
     control: StoppingCriteria
     space: RavelSpec
-    observer: Observer | None
+    is_set: Callable[[str], bool]  # whether a setting of this name was chosen, so that it is not the default
+    observed: Callable[..., None] | None = None  # takes (solution, seconds, f, z0, args) of a call that has returned
     memory: StrategyState | None = None
     mask: Array | None = None  # units that take part, in the shape of the units
     step: Any = 0
@@ -64,7 +61,7 @@ class Plan:
         self, f: FlatFunction, z0: Array, args: tuple[Any, ...], state: SolveState | None
     ) -> tuple[Array, SolveResult, BackwardRecord | None]:
         """Solve, attach the gradient."""
-        solve = BoundSolve(self.backend, self.solver, self.control, self._resume(state, z0), self._narrow(f, args))
+        solve = BoundSolve(self.backend, self.solver, self.control, self._resume(state, z0), self.narrow(f, args))
         if isinstance(self.strategy, StepStrategy):
             value, forward, record = *self._step(self.strategy, f, z0, args, solve), None
         else:
@@ -75,24 +72,23 @@ class Plan:
         """Return the strategy bound to this call, which verifies its reports and says what failed."""
         assert isinstance(self.strategy, Strategy)
         watch = self.watch(f) if self.backend.capabilities.eager else self._traced_watch(f)
-        on_failure = self.config.backward.on_failure
+        on_failure = self.backward.on_failure
         units = self.control.units
         return Adjoint(self.backend, self.strategy, self.solver, on_failure, watch, memory=self.memory, units=units)
 
     def account(self, f: FlatFunction) -> Account:
         """Return where the passes and failures of f are counted."""
-        return Account(f.f, self.strategy, (f.space.shapes, f.space.dtype, self.config.forward.batch))
+        return Account(f.f, self.strategy, (f.space.shapes, f.space.dtype, self.forward.batch))
 
     def watch(self, f: FlatFunction) -> Watch:
         """Return what verifies and reports the backward passes of f in an eager backend."""
-        return Watch(self.account(f), self.config.backward.verify_every, self.config.backward.strategy)
+        return Watch(self.account(f), self.backward.verify_every, self.backward.strategy)
 
     def _traced_watch(self, f: FlatFunction) -> TracedWatch:
-        backward = self.config.backward
         return TracedWatch(
             self.account(f),
-            backward.verify_every,
-            backward.strategy,
+            self.backward.verify_every,
+            self.backward.strategy,
             asked_to_report=self.is_set("backward.on_failure"),
             asked_to_verify=self.is_set("backward.verify_every"),
         )
@@ -105,17 +101,17 @@ class Plan:
         if not strategy.solves():
             value, reached = self.backend.autodiff.differentiate_through(f, z0, args, steps, None, self.step)
             if self.backend.capabilities.autodiff and self.backend.autodiff.grad_enabled():
-                self._verify_steps(f, args, value, value)
+                self.verify_steps(f, args, value, value)
             if self.mask is not None:  # a strategy may add noise to every unit
                 units = self.backend.xp.reshape(self.mask, (-1,))
                 value = self.backend.select(units, value, self.backend.detach(z0))
-            return value, self._unsolved(value, reached)
+            return value, self.unsolved(value, reached)
         forward = self.backend.autodiff.forward_only(f, z0, args, solve)
         if not self.backend.autodiff.grad_enabled():
             return forward.z, forward
         carrier, _ = self.backend.autodiff.differentiate_through(f, z0, args, steps, forward, self.step)
         if self.backend.capabilities.autodiff:
-            self._verify_steps(f, args, forward.z, carrier)
+            self.verify_steps(f, args, forward.z, carrier)
         return self.backend.autodiff.straight_through(forward.z, carrier), forward
 
     def solution(self, value: Array, forward: SolveResult, record: BackwardRecord | None) -> Solution:
@@ -150,7 +146,7 @@ class Plan:
     def differentiate(
         self, f: FlatFunction, z0: Array, args: tuple[Any, ...], g: Array
     ) -> tuple[Array, tuple[Any, ...], SolveResult, BackwardRecord | None]:
-        """Return gradients for `args` by the framework's own differentiation of the attached value."""
+        """Return z* and gradients for `args` by the framework's own differentiation of the attached value."""
 
         def value(*moved: Any) -> tuple[Array, tuple[SolveResult, BackwardRecord | None]]:
             primal, forward, record = self.run(f, z0, moved, None)
@@ -159,50 +155,7 @@ class Plan:
         primal, (forward, record), gradients = vjp_in_units(self.backend, value, args, g)
         return primal, gradients, forward, record
 
-    def differentiate_by_hand(
-        self, f: FlatFunction, z0: Array, args: tuple[Any, ...], g: Array
-    ) -> tuple[Array, tuple[Any, ...], SolveResult, BackwardRecord | None]:
-        """Return the same without a tape: solve the adjoint, then differentiate one evaluation (or the steps)."""
-        solve = BoundSolve(self.backend, self.solver, self.control, narrow=self._narrow(f, args))
-        strategy = self.strategy
-        if isinstance(strategy, StepStrategy):
-            solved = self.backend.autodiff.forward_only(f, z0, args, solve) if strategy.solves() else None
-            steps = Steps(self.backend, strategy, self.solver)
-            primal, reached, gradients = vjp_in_units(
-                self.backend, lambda *moved: steps(lambda z: f(z, *moved), z0, solved, self.step), args, g
-            )
-            forward = self._unsolved(primal, reached) if solved is None else solved
-            self._verify_steps(f, args, forward.z, primal)
-            return self.backend.guards.unshared(forward.z, z0), gradients, forward, None
-        forward = self.backend.autodiff.forward_only(f, z0, args, solve)
-        adjoint = self.adjoint(f)
-        if adjoint.uses_vjp:
-            _, vjp = self.backend.autodiff.linearize(lambda z: f(z, *args), forward.z)
-        else:
-            vjp = _no_vjp
-        with self.backend.errstate():
-            start = time.perf_counter()
-            u, report = adjoint(vjp, g, forward.carry.state, None, self._inputs(f, args, forward))
-            record = BackwardRecord()
-            record.add(report, time.perf_counter() - start)
-        again, _, gradients = vjp_in_units(self.backend, lambda *moved: (f(forward.z, *moved), None), args, u)
-        with self.backend.errstate():
-            record.nondeterminism = self.backend.norm(again - forward.fz)
-        return self.backend.guards.unshared(forward.z, z0), gradients, forward, record
-
-    def _inputs(self, f: FlatFunction, args: tuple[Any, ...], forward: SolveResult) -> PassInputs:
-        """Return what a strategy with state gets where there is no tape: each product differentiates f again."""
-        autodiff, z = self.backend.autodiff, forward.z
-
-        def pull(u: Array) -> tuple[Array, ...]:
-            gradients = autodiff.vjp(lambda *moved: (f(z, *moved), None), args, u)[2]
-            return tuple(part for part in self.backend.flatten(gradients)[0] if part is not None)
-
-        differentiable = any(is_inexact(self.backend.dtype_name(leaf)) for leaf in arrays_in(self.backend, args))
-        converged = forward.status == int(Status.CONVERGED)
-        return PassInputs(None, converged, forward.residual, pull if differentiable else None)
-
-    def _verify_steps(self, f: FlatFunction, args: tuple[Any, ...], z: Array, value: Array) -> None:
+    def verify_steps(self, f: FlatFunction, args: tuple[Any, ...], z: Array, value: Array) -> None:
         """Check on schedule whether f couples rows, which no report of a step strategy would show.
 
         It takes 2 log₂(batch) + 1 evaluations at z, which no count includes. A tracing backend does it where an eager
@@ -211,7 +164,7 @@ class Plan:
         backend = self.backend
         z = backend.detach(z)
         differentiated = backend.capabilities.eager or backend.is_traced(value)
-        wanted = differentiated and self.config.backward.on_failure != "ignore" and z.shape[0] not in (0, 1)
+        wanted = differentiated and self.backward.on_failure != "ignore" and z.shape[0] not in (0, 1)
         if wanted and not backend.is_traced(z):
             self.watch(f).verify_steps(lambda: self.coupled_pair(f, args, z))
 
@@ -223,11 +176,7 @@ class Plan:
         with backend.errstate(), backend.guards.keep_random_state(z):
             return coupled_rows(backend, groups.joined(at), groups.join(z))
 
-    def is_set(self, name: str) -> bool:
-        """Return whether this setting was chosen, so that it is not the default."""
-        return self.config.origin(name) != "default"
-
-    def _narrow(self, f: FlatFunction, args: tuple[Any, ...]) -> RestrictRows | None:
+    def narrow(self, f: FlatFunction, args: tuple[Any, ...]) -> RestrictRows | None:
         """Return f for some samples only, if `forward.compact` is set."""
         if not self.compacts():
             return None
@@ -240,7 +189,7 @@ class Plan:
         Raises:
             ConfigError: it cannot.
         """
-        if not self.config.forward.compact:
+        if not self.forward.compact:
             return False
         if self.space.units > 1:
             raise ConfigError(
@@ -275,7 +224,7 @@ class Plan:
             )
         return state.carry
 
-    def _unsolved(self, value: Array, reached: Reached | None) -> SolveResult:
+    def unsolved(self, value: Array, reached: Reached | None) -> SolveResult:
         """Return the result of a strategy of fixed steps: its residual and status where f is known."""
         backend, xp = self.backend, self.backend.xp
         z = backend.detach(value)
@@ -304,7 +253,3 @@ class Plan:
 def evaluate_once(f: Map, z: Array) -> SolveResult:
     """Evaluate f, for `Autodiff.forward_only`; the value is the `z` of the result."""
     return SolveResult(f(z), None, None, None, None, None, None)
-
-
-def _no_vjp(u: Array) -> Array:
-    raise StrategyError("The strategy called vjp, although its uses_vjp() returns False. Return True from uses_vjp().")

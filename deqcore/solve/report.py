@@ -30,7 +30,7 @@ def report_nondeterminism(
     one of `backward.verify_every` solves whose samples stopped at different steps.
     """
     backend, xp = plan.backend, plan.backend.xp
-    if forward.carry is None or plan.config.forward.on_failure == "ignore":
+    if forward.carry is None or plan.forward.on_failure == "ignore":
         return
     if not backend.capabilities.eager and backend.is_traced(forward.z, forward.status):
         return
@@ -63,7 +63,7 @@ def report_nondeterminism(
 
 def _frozen_rows_are_due(plan: Plan, f: FlatFunction, forward: SolveResult) -> bool:
     """Return whether to look at samples that stopped while others moved, which would show if f couples them."""
-    every, steps = plan.config.backward.verify_every, forward.steps
+    every, steps = plan.backward.verify_every, forward.steps
     if not every or len(steps) < 2 or plan.backend.guards.holds(plan.backend.xp.all(steps == steps[:1])):
         return False
     counts = plan.account(f).ledger
@@ -82,7 +82,7 @@ def report_failure(plan: Plan, f: FlatFunction, forward: SolveResult) -> None:
     With a strategy of fixed steps a sample fails where it is not finite; only `"raise"` waits for a device to see it.
     Traced code does it by `CallGuards.watch`.
     """
-    action = plan.config.forward.on_failure
+    action = plan.forward.on_failure
     if action == "ignore" or (forward.carry is None and action == "warn" and _would_wait(plan, forward)):
         return
     xp, noun = plan.backend.xp, UNITS if len(plan.space.rows_shape) > 1 else SAMPLES
@@ -128,6 +128,6 @@ def _circumstances(plan: Plan) -> str:
     numbers = {"rtol": plan.control.rtol, "max_steps": plan.control.max_steps}
     shown = [f", forward.{name} = {value}" for name, value in numbers.items() if not plan.backend.is_traced(value)]
     return (
-        f"(solver {plan.config.forward.solver!r}{''.join(shown)}; forward.on_failure = "
-        f"{plan.config.forward.on_failure!r} decides what happens now)"
+        f"(solver {plan.forward.solver!r}{''.join(shown)}; forward.on_failure = "
+        f"{plan.forward.on_failure!r} decides what happens now)"
     )

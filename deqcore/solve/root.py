@@ -22,7 +22,6 @@ from deqcore.solution import Solution, SolveState
 from deqcore.solve.flatten import FlatFunction
 from deqcore.solve.leaves import moved
 from deqcore.solve.loop import BoundSolve
-from deqcore.solve.observer import Solve
 from deqcore.solve.plan import Plan
 from deqcore.solve.report import report_failure, report_nondeterminism
 from deqcore.solve.termination import greater
@@ -36,7 +35,7 @@ ROUNDS: Final = 12  # solves with a new factor, at most
 
 def solve(plan: Plan, g: Callable[..., Tree], z0: Tree, args: tuple[Any, ...], state: SolveState | None) -> Solution:
     """Return the solution of g(z, *args) = 0, with the residual ‖g‖ and `fz` = g(z)."""
-    if plan.config.forward.compact:
+    if plan.forward.compact:
         raise ConfigError(
             "root: forward.compact must be false, because the factor of each sample belongs to the whole batch (got "
             "true). Set forward.compact = false."
@@ -54,8 +53,8 @@ def solve(plan: Plan, g: Callable[..., Tree], z0: Tree, args: tuple[Any, ...], s
     solution = run.plan.solution(value, forward, record)
     if solution.fz is not None:
         solution = replace(solution, fz=_equations(plan, forward, run.factor))
-    if plan.observer is not None:
-        plan.observer.solved(Solve(solution, plan.config, 0.0, run.f, z0, args))
+    if plan.observed is not None:
+        plan.observed(solution, 0.0, run.f, z0, args)
     report_nondeterminism(run.plan, run.raveled, args, forward, record)
     report_failure(run.plan, run.raveled, forward)
     return solution
@@ -107,8 +106,8 @@ class _Equations:
             return backend.xp.concat([flat(z, *args), along], axis=1)
 
         given = backend.xp.zeros_like(z) if along is None else along
-        found = backend.autodiff.forward_only(beside, z, (given, *self.args), _Slope(backend, own=along is None))
-        return backend.detach(found.z), backend.detach(found.residual)
+        slope = backend.autodiff.forward_only(beside, z, (given, *self.args), _Slope(backend, own=along is None))
+        return backend.detach(slope.z), backend.detach(slope.residual)
 
     def _square(self, z: Tree, *args: Any) -> Tree:
         value = self.g(z, *args)
@@ -174,8 +173,8 @@ class _Equations:
             run = replace(self.bound(xp.where(missed, factor, run.factor)), moved=True)
             moving = self.bound(xp.where(missed, factor, xp.zeros_like(factor)))
             solve = BoundSolve(backend, self.plan.solver, moving.plan.control)
-            found = backend.autodiff.forward_only(moving.raveled, end.z, self.args, solve)
-            end = _merged(backend, missed, found, end)
+            resumed = backend.autodiff.forward_only(moving.raveled, end.z, self.args, solve)
+            end = _merged(backend, missed, resumed, end)
             missed, factor = self.flat(run, end, first)
             if backend.guards.holds(xp.all(~missed)):
                 break

@@ -94,7 +94,7 @@ class Layout:
     def _real(self, leaf: Any, kind: str) -> Array:
         """Return a leaf of z0 as an array, a complex one as pairs."""
         array = _array(self.backend, leaf, self.like)
-        return self.backend.to_pairs(array) if kind in REAL else array
+        return self.backend.numbers.to_pairs(array) if kind in REAL else array
 
     def _compare(self, what: str, leaves: list[Any], kinds: tuple[Any, ...], index: int) -> None:
         for place, (leaf, expected) in enumerate(zip(leaves, kinds, strict=True)):
@@ -111,7 +111,7 @@ class Layout:
         xp = self.backend.xp
         stacked = [xp.stack([leaf] * size) for leaf in sample.z0]
         pairs = zip(stacked, self.z_kinds, strict=True)
-        z0 = self.iterate([self.backend.from_pairs(z) if kind in REAL else z for z, (kind, _) in pairs])
+        z0 = self.iterate([self.backend.numbers.from_pairs(z) if kind in REAL else z for z, (kind, _) in pairs])
         return z0, self.arguments(tuple(xp.stack([leaf] * size) for leaf in sample.args))
 
     def leaves(self, args: tuple[Any, ...]) -> tuple[Array, ...]:
@@ -149,7 +149,7 @@ class Unravel:
             shape = (*own, 2) if kind in REAL else own
             size = math.prod(shape)
             leaves = xp.reshape(rows[:, start : start + size], (-1, *shape))
-            parts.append(self.backend.from_pairs(leaves) if kind in REAL else leaves)
+            parts.append(self.backend.numbers.from_pairs(leaves) if kind in REAL else leaves)
             start += size
         return tuple(tuple(part[k] for part in parts) for k in range(rows.shape[0]))
 

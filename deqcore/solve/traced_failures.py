@@ -113,7 +113,7 @@ def _digits(backend: Backend, g: Array, u: Array) -> Array:
     xp = backend.xp
     size = xp.sum(backend.to_accum_dtype(backend.norm(g))) + xp.sum(backend.to_accum_dtype(backend.norm(u)))
     size = xp.where((size > 0) & xp.isfinite(size), size, xp.ones_like(size))
-    return xp.astype(xp.floor((size / backend.power_of_two(size) - 1.0) * 2.0**22), xp.int32)
+    return xp.astype(xp.floor((size / backend.numbers.power_of_two(size) - 1.0) * 2.0**22), xp.int32)
 
 
 class Failures:

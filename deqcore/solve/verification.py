@@ -266,11 +266,11 @@ def leaking_pair(backend: Backend, vjp: Map, like: Array) -> tuple[tuple[int, in
     batch, n = like.shape
     whole, spent = random_halves(batch, n, seed=0), 0
     for rows in _groups(batch):
-        found, spent = leaks(backend, vjp, whole._replace(rows=rows), like), spent + 1
-        seen = backend.to_numpy(found)
+        leaking, spent = leaks(backend, vjp, whole._replace(rows=rows), like), spent + 1
+        seen = backend.to_numpy(leaking)
         if (seen > 0).any():
             spent += max(int(rows.sum()) - 1, 0).bit_length()
-            return coupled_pair(backend, vjp, whole._replace(rows=rows), like, int(np.argmax(seen))), found, spent
+            return coupled_pair(backend, vjp, whole._replace(rows=rows), like, int(np.argmax(seen))), leaking, spent
     return None, None, spent
 
 

@@ -213,10 +213,10 @@ class Auto(Solver):
         def aim(carry: tuple[Array, LinearSolution]) -> tuple[Array, LinearSolution]:
             g = backend.select(rows, fz - z, xp.zeros_like(z))
             try:
-                found = self.newton.direction(backend, f, z, g, newton.forcing)
+                direction = self.newton.direction(backend, f, z, g, newton.forcing)
             except BackendError:  # f has no products: a damped step
-                found = still._replace(x=g, residual=backend.to_accum_dtype(before))
-            return backend.select(rows, z + found.x, carry[0]), found._replace(converged=rows)
+                direction = still._replace(x=g, residual=backend.to_accum_dtype(before))
+            return backend.select(rows, z + direction.x, carry[0]), direction._replace(converged=rows)
 
         ahead, inner = backend.cond(rows, aim, (point, still))
         value = f(ahead)

@@ -130,7 +130,7 @@ class NewtonKrylov(Solver):
         def product(v: Array) -> Array:
             return v - _in_units(backend, jvp(_from_units(backend, v, unit)), unit)
 
-        found = gmres(
+        solution = gmres(
             backend,
             product,
             _in_units(backend, g, unit),
@@ -138,8 +138,8 @@ class NewtonKrylov(Solver):
             max_steps=self.inner_steps,
             reorthogonalize=False,
         )
-        left = found.residual if unit is None else found.residual * backend.to_accum_dtype(unit)
-        return found._replace(x=_from_units(backend, found.x, unit), residual=left)
+        left = solution.residual if unit is None else solution.residual * backend.to_accum_dtype(unit)
+        return solution._replace(x=_from_units(backend, solution.x, unit), residual=left)
 
     def searched(
         self, backend: Backend, f: Map, z: Array, d: Array, before: Array, first: tuple[Array, Array]

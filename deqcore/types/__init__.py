@@ -6,7 +6,7 @@ stand inside compiled, traced code.
 
 from __future__ import annotations
 
-from deqcore.types.arrays import Array, BoundMap, LoopVars, Map, Pull, Tree
+from deqcore.types.arrays import Array, BoundMap, LoopVars, Map, ParameterVjp, Tree
 from deqcore.types.backend import Capabilities, Figures
 from deqcore.types.backward import AdjointReport, BackwardRecord, PassInputs
 from deqcore.types.forward import (
@@ -34,9 +34,9 @@ __all__ = [
     "LoopState",
     "LoopVars",
     "Map",
+    "ParameterVjp",
     "PassInputs",
     "Path",
-    "Pull",
     "Reached",
     "SolveResult",
     "Status",

@@ -35,5 +35,5 @@ class BoundMap:
         return self.f(z, *self.args)
 
 
-Pull: TypeAlias = Callable[[Array], tuple[Array, ...]]
+ParameterVjp: TypeAlias = Callable[[Array], tuple[Array, ...]]
 """`u ↦ (∂f/∂θ)ᵀu`: the gradients of the arrays θ that f depends on and that are differentiated."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from deqcore.types.arrays import Array, Pull
+from deqcore.types.arrays import Array, ParameterVjp
 from deqcore.types.status import Status
 
 
@@ -102,20 +102,21 @@ class PassInputs(NamedTuple):
         values: the state `(m,)` of float32, as the last pass left it.
         converged: samples whose forward solve converged, `(batch,)` of bool.
         residual: ‖f(z) − z‖ of the forward solve, `(batch,)`.
-        pull: products with ∂f/∂θ, or None where nothing but z is differentiated. Each call costs one product with the
-            parameters, and no vjp.
+        parameter_vjp: u ↦ (∂f/∂θ)ᵀu for the parameters θ, or None where nothing but z is differentiated. A call costs
+            one product with the parameters; `vjps` does not count it.
 
     Example:
         >>> import numpy as np
-        >>> PassInputs(np.zeros(2, np.float32), np.array([True]), np.array([1e-6]), lambda u: (u.sum(axis=0),)).pull(
-        ...     np.ones((1, 2)))[0].tolist()
+        >>> values, converged, residual = np.zeros(2, np.float32), np.array([True]), np.array([1e-6])
+        >>> inputs = PassInputs(values, converged, residual, lambda u: (u.sum(axis=0),))
+        >>> inputs.parameter_vjp(np.ones((1, 2)))[0].tolist()
         [1.0, 1.0]
     """
 
     values: Array
     converged: Array
     residual: Array
-    pull: Pull | None
+    parameter_vjp: ParameterVjp | None
 
 
 def _as_text(

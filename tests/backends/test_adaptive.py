@@ -86,8 +86,8 @@ def test_powers_from_the_krylov_space_are_those_of_the_jacobian(be, rng):
     first = space.begin(be.asarray(g), 20)
     k = space.grow(first, be.asarray(np.full(5, 1e-12)), 20)
     sound = be.asarray(np.array([True, True, False, True, True]))
-    pull = lambda u: (be.xp.matmul(be.xp.permute_dims(u, (1, 0)), zs),)
-    gram, products = powers_gram(be, k, first.null_vector, space.solution(k), sound, m, pull)
+    parameter_vjp = lambda u: (be.xp.matmul(be.xp.permute_dims(u, (1, 0)), zs),)
+    gram, products = powers_gram(be, k, first.null_vector, space.solution(k), sound, m, parameter_vjp)
     kept = np.array([1, 1, 0, 1, 1.0])[:, None]
     vectors = [np.linalg.solve(np.eye(7) - a.swapaxes(1, 2), g[..., None])[..., 0], g]
     for _ in range(m - 1):
@@ -102,9 +102,9 @@ def test_an_array_that_carries_the_batch_counts_as_its_sum(be, rng):
     space = KrylovSpace(be, lambda u: 0.5 * u, shifted=True)
     first = space.begin(be.asarray(g), 6)
     k = space.grow(first, be.asarray(np.zeros(4)), 2)
-    for name, pull in {"rows": lambda u: (2 * u,), "sum": lambda u: (2 * be.xp.sum(u, axis=0),)}.items():
+    for name, parameter_vjp in {"rows": lambda u: (2 * u,), "sum": lambda u: (2 * be.xp.sum(u, axis=0),)}.items():
         sound = be.asarray(np.ones(4, bool))
-        kept[name] = be.to_numpy(powers_gram(be, k, first.null_vector, be.asarray(2 * g), sound, 3, pull)[0])
+        kept[name] = be.to_numpy(powers_gram(be, k, first.null_vector, be.asarray(2 * g), sound, 3, parameter_vjp)[0])
     np.testing.assert_allclose(kept["rows"], kept["sum"], rtol=1e-10)
 
 
@@ -115,8 +115,8 @@ def test_large_gradients_are_thinned(be):
     first = space.begin(u, 4)
     k = space.grow(first, be.asarray(np.zeros(2)), 1)
     weights = be.asarray(np.random.default_rng(0).standard_normal((8, width)))
-    pull = lambda v: (be.xp.sum(v) * weights,)
-    gram, _ = powers_gram(be, k, first.null_vector, 2 * u, be.asarray(np.ones(2, bool)), 2, pull)
+    parameter_vjp = lambda v: (be.xp.sum(v) * weights,)
+    gram, _ = powers_gram(be, k, first.null_vector, 2 * u, be.asarray(np.ones(2, bool)), 2, parameter_vjp)
     np.testing.assert_allclose(be.to_numpy(gram)[0], [1.0, 0.5, 0.25], rtol=1e-6)
 
 

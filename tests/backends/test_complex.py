@@ -168,7 +168,6 @@ def test_other_errors_of_a_complex_cell_are_its_own(be):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*Dynamo:UserWarning", "ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.supports("complex states, compiled and exported", backends="torch", strategies="exact-ift")
 def test_compiled_and_exported_solves_of_complex_states():
     torch = pytest.importorskip("torch")

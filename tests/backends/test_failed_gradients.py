@@ -284,7 +284,6 @@ FORWARD = {
 
 
 @pytest.mark.parametrize("ask", FORWARD)
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_nan_and_zero_in_forward_mode_of_torch(ask):
     assert torch.isnan(FORWARD[ask](*_diagonal("nan", "torch"))).all()
     assert not FORWARD[ask](*_diagonal("zero", "torch")).any()

@@ -20,9 +20,7 @@ from deqcore_torch.nn import DEQ  # noqa: E402
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.usefixtures("fresh_compiler"),
-    pytest.mark.filterwarnings("ignore:.*Dynamo:UserWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
 ]
 
 N = 4

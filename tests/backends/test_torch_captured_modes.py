@@ -19,8 +19,6 @@ from deqcore_torch.nn import DEQ  # noqa: E402
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.usefixtures("fresh_compiler"),
-    pytest.mark.filterwarnings("ignore:.*Dynamo:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Not enough SMs:UserWarning"),
 ]
 N = 3

@@ -77,8 +77,7 @@ def test_a_mask_is_on_the_device_of_its_input():
     assert drop(torch.ones(3, 2, device="meta")).device.type == drop.mask.device.type == "meta"
 
 
-@pytest.mark.filterwarnings("ignore:.*Dynamo:UserWarning", "ignore:The .grad attribute:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 def test_a_compiled_cell_has_one_mask_per_solve_too():
     torch.manual_seed(0)
     torch._dynamo.reset()

@@ -13,8 +13,6 @@ from torch.func import grad, hessian, jvp, vmap  # noqa: E402
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.usefixtures("quiet_forward_mode", "fresh_compiler"),
-    pytest.mark.filterwarnings("ignore:.*Dynamo:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
 ]
 N = 3
 SETTINGS = {"forward__rtol": 1e-12, "backward__options": {"rtol": 1e-12}}

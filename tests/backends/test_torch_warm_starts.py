@@ -120,7 +120,6 @@ def test_changed_parts_of_a_sequence_restart():
     assert torch.equal(seen[0][1:], first[1:])
 
 
-@pytest.mark.filterwarnings("ignore:.*Dynamo:UserWarning")
 def test_a_compiled_layer_takes_ids():
     warm = layer()
     run = torch.compile(lambda x, ids: warm(x, ids=ids), backend="eager")

@@ -247,6 +247,25 @@ def test_a_state_of_another_framework_is_refused():
             ["no option 'history_sise'", "Did you mean 'history_size'?"],
         ),
         ({"backward__options": {"rtoll": 3.0}}, ConfigError, ["no option 'rtoll'", "Did you mean 'rtol'?"]),
+        (
+            {"forward__solver": "broyden", "forward__options": {"memory": 3}},
+            ConfigError,
+            ["no option 'memory'", "Did you mean 'history_size'?"],
+        ),
+        (
+            {"forward__solver": "broyden", "forward__options": {"growth": 3}},
+            ConfigError,
+            ["no option 'growth'", "Did you mean 'max_residual_growth'?"],
+        ),
+        (
+            {
+                "forward__solver": "broyden",
+                "backward__strategy": "broyden-reuse",
+                "backward__options": {"target": 0.1},
+            },
+            ConfigError,
+            ["no option 'target'", "Did you mean 'max_relative_error'?"],
+        ),
         ({"forward__rtoll": 1e-3}, ConfigError, ["rtoll", "Did you mean 'forward__rtol'?"]),
         ({"forward__rtol": -1e-3}, ConfigError, ["rtol must be", "(got -0.001)", "finite number >= 0"]),
         ({"forward__rtol": float("nan")}, ConfigError, ["rtol must be", "(got nan)", "finite number >= 0"]),

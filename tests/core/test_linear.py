@@ -140,8 +140,8 @@ def test_figures_of_a_group_are_those_of_its_rows(be, rng, units):
     found = groups.inputs(inputs)
     assert be.to_numpy(found.converged).tolist() == done.reshape(count, units).all(1).tolist()
     np.testing.assert_allclose(be.to_numpy(found.residual), np.linalg.norm(left.reshape(count, units), axis=1))
-    np.testing.assert_allclose(be.to_numpy(found.pull(be.asarray(joined))[0]), v.sum(0))
-    assert groups.inputs(inputs._replace(pull=None)).pull is None
+    np.testing.assert_allclose(be.to_numpy(found.parameter_vjp(be.asarray(joined))[0]), v.sum(0))
+    assert groups.inputs(inputs._replace(parameter_vjp=None)).parameter_vjp is None
     figures = np.arange(count)
     report = AdjointReport(
         be.asarray(figures + int(Status.CONVERGED)), be.asarray(2 * figures), be.asarray(0.5 * figures),
@@ -177,11 +177,11 @@ def test_a_depth_that_is_traced_gives_the_steps_of_an_integer(rng, total, option
         assert unrecorded == max(total - 4, 0)
         if depth is total:
             assert ends[0].evaluations.tolist() == [len(calls)] * 3 == [total + 2] * 3
-    start = z = z0 if "noise" not in options else z0 + 0.3 * be.normal(z0, 4, (3, 0))
+    start = z = z0 if "noise" not in options else z0 + 0.3 * be.numbers.normal(z0, 4, (3, 0))
     first = np.tanh(0.5 * start) + b
     for i in range(total):
         z = z + options.get("damping", 1.0) * (np.tanh(0.5 * z) + b - z)
-        z = z if "noise" not in options else z + 0.1 * be.normal(z, 4, (3, i + 1))
+        z = z if "noise" not in options else z + 0.1 * be.numbers.normal(z, 4, (3, i + 1))
     for end in ends:
         np.testing.assert_allclose(end.z, z, rtol=1e-13)
         np.testing.assert_allclose(end.fz, np.tanh(0.5 * z) + b, rtol=1e-13)

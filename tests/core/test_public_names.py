@@ -101,6 +101,14 @@ def test_modules_with_a_list_of_names_offer_these_and_no_others(home):
     assert sorted(importlib.import_module(home).__all__) == sorted(PUBLIC[home].split())
 
 
+def test_the_contract_of_a_backend_reads_in_one_sitting():
+    from deqcore import Backend
+
+    methods = [name for name, member in vars(Backend).items() if name[0] != "_" and inspect.isfunction(member)]
+    assert len(methods) <= 30
+    assert len(inspect.getsource(inspect.getmodule(Backend)).splitlines()) < 250
+
+
 def callables(home, name):
     """A function, or a class with its own public methods (conformance tests are named by what they check)."""
     found = load(home, name)

@@ -77,9 +77,7 @@ def unindented(text: str, indent: str) -> str:
 
 
 # The compiler's own warnings: of what it does not trace, of a .grad that it looks at, of what it loads.
-@pytest.mark.filterwarnings("ignore:.*Dynamo:UserWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning:lightning")
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

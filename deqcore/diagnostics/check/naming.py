@@ -139,8 +139,8 @@ def check_start(layer: Any, start: str) -> None:
         parameters = inspect.signature(getattr(layer, "forward", layer)).parameters
     except (TypeError, ValueError):  # a callable without a signature: the call will show it
         return
-    names = [name for name, each in parameters.items() if each.kind is not each.VAR_POSITIONAL]
-    if start not in names and all(each.kind is not each.VAR_KEYWORD for each in parameters.values()):
+    names = [name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_POSITIONAL]
+    if start not in names and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
         raise ConfigError(
             f"{UNKNOWN}: start = {start!r}, but {described(layer)} has no argument {start!r}."
             f"{did_you_mean(start, names)} Its arguments: {listing(names)}."

@@ -125,9 +125,9 @@ def _mean(value: Interval | None) -> float | None:
 
 def _warnings(old: StoredStudy, new: StoredStudy, language: str) -> list[str]:
     result = []
-    fixed = [{_fixed(machine) for machine in each.machines} for each in (old, new)]
+    fixed = [{_fixed(machine) for machine in run.machines} for run in (old, new)]
     if fixed[0] != fixed[1]:
-        shown = [", ".join(sorted({str(m.get("cpu", "–")) for m in each.machines})) for each in (old, new)]
+        shown = [", ".join(sorted({str(m.get("cpu", "–")) for m in run.machines})) for run in (old, new)]
         result.append(say(language, "compare_machines", old=shown[0], new=shown[1]))
     names = [name for name in {**old.training, **new.training} if old.training.get(name) != new.training.get(name)]
     if names:

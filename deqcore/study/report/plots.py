@@ -238,13 +238,14 @@ def _certificate(shown: Plots, canvas: Canvas) -> bool:
 
 def _rounds(shown: Plots, canvas: Canvas) -> bool:
     numbers = {id(row): number for number, row in shown.numbered()}
-    for each in accumulations(shown.rows):
-        if each.gap is None:
+    for curve in accumulations(shown.rows):
+        if curve.gap is None:
             continue
-        number, rounds = numbers[id(each.row)], np.arange(1, len(each.gap) + 1)
-        canvas.line(number, rounds, [100 * value.mean for value in each.gap], shown.label(each.row), marker="o", ms=3)
-        ends = [(value.low, value.high) for value in each.gap if value.low is not None and value.high is not None]
-        if len(ends) == len(each.gap):
+        number, rounds = numbers[id(curve.row)], np.arange(1, len(curve.gap) + 1)
+        means = [100 * value.mean for value in curve.gap]
+        canvas.line(number, rounds, means, shown.label(curve.row), marker="o", ms=3)
+        ends = [(value.low, value.high) for value in curve.gap if value.low is not None and value.high is not None]
+        if len(ends) == len(curve.gap):
             low, high = 100 * np.transpose(ends)
             canvas.axes.fill_between(rounds, low, high, color=colour(number), alpha=0.15, lw=0)
         canvas.axes.set_xticks(rounds)

@@ -56,7 +56,7 @@ def rendered(language: str) -> str:
 
 def _text(value: object) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {each}" for key, each in value.items())
+        return ", ".join(f"{key} {part}" for key, part in value.items())
     if isinstance(value, list):
         return ", ".join(f"{item[0]}–{item[1]}" if isinstance(item, list) else str(item) for item in value)
     return str(value)

@@ -208,7 +208,8 @@ def bill(row: SummaryRow, exact: SummaryRow | None, cost: CostSettings) -> Bill 
     if price is None:
         return None
     own, theirs = (
-        None if each is None else _mean(each, "training") * cost.scale / 3600 * price for each in (row, exact)
+        None if measured is None else _mean(measured, "training") * cost.scale / 3600 * price
+        for measured in (row, exact)
     )
     assert own is not None
     month = own * cost.trainings_per_month

@@ -150,7 +150,9 @@ def complaints(report: GradientReport) -> list[str]:
     """Return what is wrong with a user's own problem, a line each: errors, then first disagreements."""
     lines = [f"{run.backend}, {run.job.dtype}: {run.error}" for run in _distinct(report.errors)]
     result = first_disagreements(report).items()
-    return lines + [f"First disagreement of {key}: {each.quantity}. {_why(each)}" for key, each in result]
+    return lines + [
+        f"First disagreement of {key}: {comparison.quantity}. {_why(comparison)}" for key, comparison in result
+    ]
 
 
 def _why(comparison: Comparison) -> str:

@@ -211,7 +211,7 @@ def execute(jobs: Mapping[tuple[str, str], list[Job]], tell: Callable[[str], Non
         for task, failure in run_all(list(tasks), tell).items():
             own = tasks[task]
             result = [(failure, 0.0, {})] * len(own) if failure else worker.read(task.folder)
-            runs += [GradientRun(task.backend, job, *each) for job, each in zip(own, result, strict=True)]
+            runs += [GradientRun(task.backend, job, *outcome) for job, outcome in zip(own, result, strict=True)]
     return runs
 
 

@@ -122,7 +122,7 @@ def check(request: SuiteRequest, tell: Callable[[str], None] = lambda _: None) -
         tell(f"{request.kind} {request.name}, {BEST} …")
         chosen = replace(request, options=json.dumps(dict(best)))
         (backend,) = backends_of(request)
-        results += [replace(each, backend=f"{backend}, {BEST}") for each in _run(chosen, backend)]
+        results += [replace(outcome, backend=f"{backend}, {BEST}") for outcome in _run(chosen, backend)]
     return results
 
 

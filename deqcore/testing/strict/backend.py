@@ -17,6 +17,7 @@ from deqcore.abc.backend import Backend
 from deqcore.abc.guards import CallGuards
 from deqcore.abc.history import History
 from deqcore.abc.linalg import SmallLinalg
+from deqcore.abc.numbers import NumberOps
 from deqcore.testing.strict.array import StrictArray, StrictError, unwrap, wrap
 from deqcore.testing.strict.carry import check_same
 from deqcore.testing.strict.history import StrictHistory
@@ -88,6 +89,23 @@ class StrictAutodiff(Autodiff):
         return wrap(result), aux, _mapped(self.be, gradients, wrap)
 
 
+class StrictNumbers(NumberOps):
+    """NumPy's, on what is hidden."""
+
+    def __init__(self, be: StrictBackend) -> None:
+        super().__init__(be)
+        self.numpy = be.numpy
+
+    def power_of_two(self, x: Array) -> Array:
+        return wrap(self.numpy.numbers.power_of_two(unwrap(x)))
+
+    def to_pairs(self, x: Array) -> Array:
+        return wrap(self.numpy.numbers.to_pairs(unwrap(x)))
+
+    def from_pairs(self, x: Array) -> Array:
+        return wrap(self.numpy.numbers.from_pairs(unwrap(x)))
+
+
 class StrictGuards(CallGuards):
     """NumPy's, as far as a tracing framework has one."""
 
@@ -106,6 +124,7 @@ class StrictBackend(Backend):
     xp = XP
     linalg_class = StrictLinalg
     autodiff_class = StrictAutodiff
+    numbers_class = StrictNumbers
     guards_class = StrictGuards
 
     def __init__(self) -> None:
@@ -128,12 +147,6 @@ class StrictBackend(Backend):
     def astype(self, x: Array, dtype: str) -> Array:
         return wrap(unwrap(x).astype(dtype))
 
-    def to_pairs(self, x: Array) -> Array:
-        return wrap(self.numpy.to_pairs(unwrap(x)))
-
-    def from_pairs(self, x: Array) -> Array:
-        return wrap(self.numpy.from_pairs(unwrap(x)))
-
     def to_accum_dtype(self, x: Array) -> Array:
         return wrap(self.numpy.to_accum_dtype(unwrap(x)))
 
@@ -142,9 +155,6 @@ class StrictBackend(Backend):
 
     def norm(self, v: Array) -> Array:
         return wrap(self.numpy.norm(unwrap(v)))
-
-    def power_of_two(self, x: Array) -> Array:
-        return wrap(self.numpy.power_of_two(unwrap(x)))
 
     def inner(self, a: Array, b: Array) -> Array:
         return wrap(self.numpy.inner(unwrap(a), unwrap(b)))

@@ -134,8 +134,8 @@ class ProcessTests(Conformance):
 
     def test_it_prints_and_plots_nothing(self, call: Callable[[], object], capfd: Any) -> None:
         call()
-        found = shown(capfd)
-        assert not found, found
+        result = shown(capfd)
+        assert not result, result
 
 
 def claimed(config: Any, own: Mapping[str, int] | None, subject: Any, settings: Mapping[str, object]) -> Any:

@@ -114,8 +114,8 @@ class Kit:
         """Host data on the device; float64 becomes float32 where the backend has nothing wider."""
         if dtype == "float64" and not self.backend.capabilities.float64:
             dtype = "float32"
-        found = self.backend.asarray(np.asarray(a), dtype=dtype)
-        return found if self.device == "cpu" else self.backend.to_device(found, self.device)
+        result = self.backend.asarray(np.asarray(a), dtype=dtype)
+        return result if self.device == "cpu" else self.backend.to_device(result, self.device)
 
     def complex_array(self, a: Any) -> Array:
         """Host data as complex numbers on the device, of the widest precision."""

@@ -34,8 +34,8 @@ def check_light(kind: plugins.Kind, name: str) -> None:
     assert not heavy, f"the plugins {heavy} import a framework when they are listed: see `deqcore plugins`"
     if kind == "backend" or target in ("__main__", "builtins") or target.startswith("deqfile_"):
         return
-    found = _imported(target, frameworks(), os.pathsep.join(part for part in sys.path if part))
-    assert not found, f"{target} imports {found}, but solvers and strategies must not import a framework"
+    result = _imported(target, frameworks(), os.pathsep.join(part for part in sys.path if part))
+    assert not result, f"{target} imports {result}, but solvers and strategies must not import a framework"
 
 
 @cache  # the answer is the same for every backend

@@ -66,5 +66,5 @@ def shown(capfd: Any) -> str:
     if pyplot is not None:
         pyplot.close("all")
     lines = (out + err).strip().splitlines()
-    found = [f"it prints {lines[0][:200]!r}"] if lines else []
-    return "; ".join([*found, *([f"it opens {figures} figure{'s' * (figures > 1)}"] if figures else [])])
+    result = [f"it prints {lines[0][:200]!r}"] if lines else []
+    return "; ".join([*result, *([f"it opens {figures} figure{'s' * (figures > 1)}"] if figures else [])])

@@ -151,8 +151,8 @@ class TorchDEQ(DEQBase):
         solution = self._solve(f, start, None, budget, kwargs, self.options.ift, 1)
         info = info_of(solution)
         if sradius_mode:
-            found = spectral_radius(f, solution.z, batch=self.options.batch)
-            info["sradius"] = torch.as_tensor(found.radius).to(info["abs_lowest"])
+            spectrum = spectral_radius(f, solution.z, batch=self.options.batch)
+            info["sradius"] = torch.as_tensor(spectrum.radius).to(info["abs_lowest"])
         return [solution.value], info
 
     def _trained(
@@ -214,7 +214,7 @@ class TorchDEQ(DEQBase):
 
         options = self.options
         with torch.no_grad():
-            found = solver(
+            outputs = solver(
                 lambda z: join(f(split(z))),
                 join(start),
                 max_iter=budget,
@@ -222,7 +222,7 @@ class TorchDEQ(DEQBase):
                 stop_mode=options.f_stop_mode,
                 **kwargs,
             )
-        return split(found[0])
+        return split(outputs[0])
 
     def _left(self, f: Callable[[Any], Any], solution: Solution, implicit: bool, steps: int) -> list[Any]:
         """Return torchdeq's values in training: f of the iterate, or the results of phantom steps, with gradients."""
@@ -239,15 +239,15 @@ class TorchDEQ(DEQBase):
 
     def _supervised(self, f: Callable[[Any], Any], solution: Solution, steps: int) -> list[Any]:
         """Return the phantom steps that `sup_gap` or `sup_loc` names, each with its own gradient."""
-        z, found, options = solution.z, [], self.options
+        z, states, options = solution.z, [], self.options
         for step in range(1, steps + 1):
             z = optree.tree_map(lambda a, b: b if options.tau == 1.0 else a + options.tau * (b - a), z, f(z))
             named = step % options.sup_gap == 0 if options.sup_gap > 0 else step in options.sup_loc
             if named or (step == steps and options.sup_gap <= 0):
-                found.append(z)
+                states.append(z)
         if options.sup_gap <= 0 and steps in options.sup_loc:
-            found.append(z)  # as torchdeq does: the last state is always the last of the list
-        return found
+            states.append(z)  # as torchdeq does: the last state is always the last of the list
+        return states
 
 
 class DEQIndexing(TorchDEQ):

@@ -285,10 +285,10 @@ def _values(args: object) -> dict[str, Any]:
 def _settings(args: object) -> dict[str, Any]:
     """Return the fields of a norm that a namespace sets."""
     given = _values(args)
-    found = {OPTIONS[name]: value for name, value in given.items() if name in OPTIONS}
+    settings = {OPTIONS[name]: value for name, value in given.items() if name in OPTIONS}
     if "norm_no_scale" in given:
-        found["learn_scale"] = not given["norm_no_scale"]
-    return found
+        settings["learn_scale"] = not given["norm_no_scale"]
+    return settings
 
 
 def _several(given: Any) -> tuple[Any, ...]:

@@ -82,9 +82,9 @@ def check_golden(kit: Kit, known: Golden, z: Any, gradients: Any, dtype: str, rt
     """Hold z* and the gradients for params and inputs to the stored truth, within the bound that the dtype explains."""
     eps, n = float(np.finfo(dtype).eps), known.truth.jacobian.shape[1]
     bounds = known.truth.sensitivity.bounds(eps, n, rtol, rtol)
-    found = [kit.numpy(leaf) for _, leaf in walk(z, "z")]
+    result = [kit.numpy(leaf) for _, leaf in walk(z, "z")]
     truth = [leaf for _, leaf in walk(known.truth.z, "z")]
-    error = np.sqrt(sum(np.sum((a - b) ** 2) for a, b in zip(found, truth, strict=True)))
+    error = np.sqrt(sum(np.sum((a - b) ** 2) for a, b in zip(result, truth, strict=True)))
     assert error <= bounds["value"], f"z* is off by {error:.2e}, and {bounds['value']:.2e} is explained"
     for name, leaf in [*walk(gradients[0], "params"), *walk(gradients[1], "inputs")]:
         error = np.linalg.norm(kit.numpy(leaf) - known.truth.gradients[name])

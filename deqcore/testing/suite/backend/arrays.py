@@ -51,8 +51,8 @@ class ArrayTests(Conformance):
 
     def test_writing_to_what_came_back_changes_nothing(self, kit: Kit) -> None:
         x = kit.array([[1.0, 2.0]])
-        found = np.array(kit.numpy(x))
-        found[...] = 7.0
+        result = np.array(kit.numpy(x))
+        result[...] = 7.0
         assert np.array_equal(kit.numpy(x), [[1.0, 2.0]]), (
             "to_numpy must return a copy, so that writing to it changes no array of the framework. Copy in to_numpy."
         )
@@ -108,9 +108,9 @@ class ArrayTests(Conformance):
 
     def test_identity_matrices(self, kit: Kit) -> None:
         like = kit.array([[1.0]], "float32")
-        found = kit.backend.linalg.eye(like, 2, 3)
-        assert kit.backend.dtype_name(found) == "float32", "eye must take the dtype of `like`."
-        assert np.array_equal(kit.numpy(found), np.eye(2, 3)), (
+        result = kit.backend.linalg.eye(like, 2, 3)
+        assert kit.backend.dtype_name(result) == "float32", "eye must take the dtype of `like`."
+        assert np.array_equal(kit.numpy(result), np.eye(2, 3)), (
             "eye(n, m) must be the identity matrix, cut to m columns."
         )
 
@@ -134,9 +134,9 @@ class ArrayTests(Conformance):
     def test_norms(self, kit: Kit, dtype: str) -> None:
         a = np.random.default_rng(0).standard_normal((3, 50)).astype(dtype)
         a[1] = 0.0
-        found = kit.backend.norm(kit.array(a, dtype))
-        close(kit.numpy(found), np.linalg.norm(a.astype(float), axis=1), 20 * float(np.finfo(dtype).eps), "norm")
-        assert kit.backend.dtype_name(found) in DTYPES, "norms must be float32 or float64, also of narrower states."
+        result = kit.backend.norm(kit.array(a, dtype))
+        close(kit.numpy(result), np.linalg.norm(a.astype(float), axis=1), 20 * float(np.finfo(dtype).eps), "norm")
+        assert kit.backend.dtype_name(result) in DTYPES, "norms must be float32 or float64, also of narrower states."
 
     @several("dtype", [*DTYPES, "bfloat16"])
     def test_norms_of_any_scale(self, kit: Kit, dtype: str) -> None:
@@ -149,9 +149,9 @@ class ArrayTests(Conformance):
         rows = np.concatenate([plain * factors[:, None], np.zeros((1, 50))])
         x = kit.backend.astype(kit.array(rows, "float64" if dtype == "float64" else "float32"), dtype)
         with kit.backend.errstate():
-            found = kit.numpy(kit.backend.norm(x)).astype(float)
-        assert found[4] == 0.0, "the norm of a row of zeros must be 0. Guard the division of the scaled norm."
-        share = found[:4] / factors / np.linalg.norm(plain, axis=1)
+            result = kit.numpy(kit.backend.norm(x)).astype(float)
+        assert result[4] == 0.0, "the norm of a row of zeros must be 0. Guard the division of the scaled norm."
+        share = result[:4] / factors / np.linalg.norm(plain, axis=1)
         close(share, np.ones(4), 1e-5, "norms over true ones")
 
     @several("dtype", DTYPES)
@@ -166,9 +166,9 @@ class ArrayTests(Conformance):
                 squares = kit.numpy(kit.backend.inner(v, v))[:2].astype(float)
             assert ((squares > 0) & np.isfinite(squares)).all(), "None says that no row needs a scale"
             return
-        found = kit.numpy(unit).astype(float)
-        assert list(found[2:]) == [1.0, 1.0, 1.0], "rows of zeros, NaN and inf must have the scale 1."
-        size = 5.0 * scales(2, dtype) / found[:2]
+        result = kit.numpy(unit).astype(float)
+        assert list(result[2:]) == [1.0, 1.0, 1.0], "rows of zeros, NaN and inf must have the scale 1."
+        size = 5.0 * scales(2, dtype) / result[:2]
         assert ((size >= 0.5) & (size <= 2.0)).all(), f"the norm of scaled rows must be about 1 (got {size})"
         moved = divide_rows(kit.backend, v, unit)
         assert np.array_equal(kit.numpy(multiply_rows(kit.backend, moved, unit)), kit.numpy(v), equal_nan=True), (
@@ -178,20 +178,20 @@ class ArrayTests(Conformance):
     @needs("bfloat16")
     def test_norms_of_narrow_states_are_wide(self, kit: Kit) -> None:
         x = kit.backend.astype(kit.array(np.full((1, 4096), 300.0), "float32"), "bfloat16")
-        found = kit.backend.norm(x)
-        assert kit.backend.dtype_name(found) in DTYPES, (
+        result = kit.backend.norm(x)
+        assert kit.backend.dtype_name(result) in DTYPES, (
             "norms of narrow states must be float32 or float64. Accumulate in the wider dtype."
         )
-        close(kit.numpy(found), [300.0 * 64], 1e-2, "norm of 4096 numbers")
+        close(kit.numpy(result), [300.0 * 64], 1e-2, "norm of 4096 numbers")
 
     def test_inner_products_are_wide(self, kit: Kit) -> None:
         a = np.array([[1.0, 1e-8], [3.0, 4.0]], np.float32)
-        found = kit.backend.inner(kit.array(a, "float32"), kit.array(a, "float32"))
+        result = kit.backend.inner(kit.array(a, "float32"), kit.array(a, "float32"))
         wide = kit.backend.dtype_name(kit.backend.to_accum_dtype(kit.array([1.0], "float32")))
-        assert kit.backend.dtype_name(found) == wide, (
+        assert kit.backend.dtype_name(result) == wide, (
             "inner products of narrow states must have the accumulating dtype."
         )
-        close(kit.numpy(found), np.sum(a.astype(float) ** 2, axis=1), 2 * float(np.finfo(wide).eps), "inner product")
+        close(kit.numpy(result), np.sum(a.astype(float) ** 2, axis=1), 2 * float(np.finfo(wide).eps), "inner product")
 
     @several("axes", [1, 2, 3])
     def test_rows_are_selected_without_arithmetic(self, kit: Kit, axes: int) -> None:
@@ -199,10 +199,10 @@ class ArrayTests(Conformance):
         mask = kit.array([True, False], "bool")
         new, old = np.ones(shape), np.full(shape, 2.0)
         new[1], old[0] = np.nan, np.inf
-        found = kit.numpy(kit.backend.select(mask, kit.array(new), kit.array(old)))
+        result = kit.numpy(kit.backend.select(mask, kit.array(new), kit.array(old)))
         expected = np.full(shape, 2.0)
         expected[0] = 1.0
-        assert np.array_equal(found, expected), "0·NaN is NaN: masks must choose, not multiply"
+        assert np.array_equal(result, expected), "0·NaN is NaN: masks must choose, not multiply"
 
     def test_all_known_never_guesses(self, kit: Kit) -> None:
         assert not kit.backend.known_all(kit.array([True, False], "bool")), (
@@ -216,8 +216,8 @@ class ArrayTests(Conformance):
         a = (rng.standard_normal((3, 4, 4)) + 3 * np.eye(4)[:, ::-1]).astype(dtype)
         b = rng.standard_normal((3, 4, columns) if columns else (3, 4)).astype(dtype)
         expected = np.linalg.solve(a.astype(float), b.astype(float) if columns else b[..., None].astype(float))
-        found = kit.backend.linalg.solve(kit.array(a, dtype), kit.array(b, dtype))
-        close(kit.numpy(found), expected.reshape(b.shape), 1e3 * float(np.finfo(dtype).eps), "solution")
+        result = kit.backend.linalg.solve(kit.array(a, dtype), kit.array(b, dtype))
+        close(kit.numpy(result), expected.reshape(b.shape), 1e3 * float(np.finfo(dtype).eps), "solution")
 
     @several("dtype", DTYPES)
     @several("size", [4, 23])
@@ -230,19 +230,19 @@ class ArrayTests(Conformance):
         ):
             for b in (rng.standard_normal((3, size)), rng.standard_normal((3, size, 2))):
                 expected = np.linalg.solve(system, b if b.ndim == 3 else b[..., None]).reshape(b.shape)
-                found = kit.numpy(solve(kit.array(system.astype(dtype), dtype), kit.array(b.astype(dtype), dtype)))
-                close(found, expected, 1e4 * float(np.finfo(dtype).eps), solve.__name__)
+                result = kit.numpy(solve(kit.array(system.astype(dtype), dtype), kit.array(b.astype(dtype), dtype)))
+                close(result, expected, 1e4 * float(np.finfo(dtype).eps), solve.__name__)
 
     def test_least_singular_values(self, kit: Kit) -> None:
         a = np.random.default_rng(3).standard_normal((4, 6, 5))
-        found = kit.numpy(kit.backend.linalg.least_singular_value(kit.array(a), a.shape[2]))
-        close(found, np.linalg.svd(a, compute_uv=False)[:, -1], 5e-3, "least singular value")
+        result = kit.numpy(kit.backend.linalg.least_singular_value(kit.array(a), a.shape[2]))
+        close(result, np.linalg.svd(a, compute_uv=False)[:, -1], 5e-3, "least singular value")
 
     def test_a_singular_system_spoils_its_own_row_only(self, kit: Kit) -> None:
         a = np.stack([2 * np.eye(2), np.zeros((2, 2)), 4 * np.eye(2)])
-        found = kit.numpy(kit.backend.linalg.solve(kit.array(a), kit.array(np.ones((3, 2)))))
-        assert not np.isfinite(found[1]).any(), "a singular system must not give finite numbers"
-        assert np.array_equal(found[[0, 2]], [[0.5, 0.5], [0.25, 0.25]]), (
+        result = kit.numpy(kit.backend.linalg.solve(kit.array(a), kit.array(np.ones((3, 2)))))
+        assert not np.isfinite(result[1]).any(), "a singular system must not give finite numbers"
+        assert np.array_equal(result[[0, 2]], [[0.5, 0.5], [0.25, 0.25]]), (
             "a singular system must leave the solutions of the other rows as they are. Solve each row on its own."
         )
 
@@ -289,6 +289,6 @@ class ArrayTests(Conformance):
         def body(c: Counter) -> Counter:
             return Counter(c.count + 1, c.total + 0.5)
 
-        end = kit.backend.loop(running, body, start, kit.backend.as_scalar(steps, start.total), every)
+        end = kit.backend.loop(running, body, start, kit.backend.numbers.as_scalar(steps, start.total), every)
         assert isinstance(end, Counter), "the loop must return a carry of the type that it began with."
         return Counter(int(kit.numpy(end.count)), float(kit.numpy(end.total)))

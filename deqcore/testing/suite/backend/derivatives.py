@@ -111,11 +111,11 @@ class DerivativeTests(Conformance):
             return p["a"] * p["b"][0] * p["b"][0], name
 
         args = ({"a": x, "b": [2 * x]}, k, "text")
-        found, aux, (dp, dk, dname) = kit.backend.autodiff.vjp(value, args, kit.array([1.0, 10.0]))
+        result, aux, (dp, dk, dname) = kit.backend.autodiff.vjp(value, args, kit.array([1.0, 10.0]))
         assert (aux, dk, dname) == ("text", None, None), (
             "vjp must return aux unchanged, and None as the gradient of integers and strings."
         )
-        close(kit.numpy(found), [4.0, 32.0], 1e-6, "value")
+        close(kit.numpy(result), [4.0, 32.0], 1e-6, "value")
         close(kit.numpy(dp["a"]), [4.0, 160.0], 1e-6, "gradient of a")
         close(kit.numpy(dp["b"][0]), [4.0, 160.0], 1e-6, "gradient of b")
 
@@ -193,11 +193,11 @@ class DerivativeTests(Conformance):
         """Require the right number or an error; a silently wrong number must never be returned."""
         second = kit.backend.autodiff.grad(kit.backend.autodiff.grad(lambda a: self._scalar(kit, a, 1.0)))
         try:
-            found = kit.numpy(second(kit.array(0.5)))
+            result = kit.numpy(second(kit.array(0.5)))
         except errors.DeqcoreError:
             assert not kit.backend.capabilities.second_derivatives, "second derivatives are promised"
         else:
-            close(found, 16.0, 1e-5, "d²/da² 1/(1 − a) = 2/(1 − a)³")
+            close(result, 16.0, 1e-5, "d²/da² 1/(1 − a) = 2/(1 − a)³")
 
     @needs("autodiff")
     def test_hessian_vector_products_by_two_backward_passes(self, kit: Kit) -> None:
@@ -207,10 +207,10 @@ class DerivativeTests(Conformance):
         once = lambda v: kit.backend.autodiff.grad(lambda a: v * self._scalar(kit, a, 1.0))(kit.array(0.5)) + v  # noqa: E731
         for product, truth, what in ((once, 5.0, "v·L′"), (twice, 17.0, "(v·L′)′")):
             try:
-                found = kit.numpy(kit.backend.autodiff.grad(product)(kit.array(1.0)))
+                result = kit.numpy(kit.backend.autodiff.grad(product)(kit.array(1.0)))
             except errors.DeqcoreError:
                 continue
-            close(found, truth, 1e-5, f"d/dv of {what} + v for L = 1/(1 − a)")
+            close(result, truth, 1e-5, f"d/dv of {what} + v for L = 1/(1 − a)")
 
     @needs("autodiff")
     def test_what_f_reads_is_what_it_was_at_the_call(self, kit: Kit) -> None:
@@ -245,10 +245,10 @@ class DerivativeTests(Conformance):
         config = kit.config(solver="picard", rtol=rtol, strategy_options={"rtol": rtol})
         f = lambda z, p: p.a * z + p.rest["b"]  # noqa: E731
         b = kit.array(np.ones((1, 1)))
-        _, (found,) = deqcore.vjp(f, 0 * b, Held(kit.array(0.5), {"b": b}, "text"), cotangent=b, config=config)
-        close(kit.numpy(found.a), 4.0, 1e-5, "gradient of a field, 1/(1 − a)²")
-        close(kit.numpy(found.rest["b"]), [[2.0]], 1e-5, "gradient of a tree in a field, 1/(1 − a)")
-        assert found.name is None, (
+        _, (result,) = deqcore.vjp(f, 0 * b, Held(kit.array(0.5), {"b": b}, "text"), cotangent=b, config=config)
+        close(kit.numpy(result.a), 4.0, 1e-5, "gradient of a field, 1/(1 − a)²")
+        close(kit.numpy(result.rest["b"]), [[2.0]], 1e-5, "gradient of a tree in a field, 1/(1 − a)")
+        assert result.name is None, (
             "a field of a dataclass that is not a floating-point array must have the gradient None."
         )
 
@@ -268,10 +268,10 @@ class DerivativeTests(Conformance):
                 else kit.backend.autodiff.grad(kit.backend.autodiff.grad(loss))
             )
             try:
-                found = kit.numpy(gradient(kit.array(0.5)))
+                result = kit.numpy(gradient(kit.array(0.5)))
             except errors.DeqcoreError:
                 continue
-            close(found, truth, 1e-5, f"derivative of order {order} {what}")
+            close(result, truth, 1e-5, f"derivative of order {order} {what}")
 
     @needs("second_derivatives")
     def test_second_derivatives_of_an_approximation_are_refused(self, kit: Kit) -> None:

@@ -33,11 +33,11 @@ class Model:
                 mine.clear()
 
     def dot(self, v: Any) -> Any:
-        found = np.zeros((len(v), self.history_size))
+        result = np.zeros((len(v), self.history_size))
         for i, rows in enumerate(self.seen):
             for slot, q in rows.items():
-                found[i, slot] = q @ v[i]
-        return found
+                result[i, slot] = q @ v[i]
+        return result
 
     def combine(self, c: Any) -> Any:
         zero = np.zeros_like(next((q for rows in self.seen for q in rows.values()), np.zeros(1)))
@@ -80,8 +80,8 @@ class HistoryTests(Conformance):
         w, many = rng.standard_normal((batch, 5)), rng.standard_normal((batch, 2, 5))
         c = rng.standard_normal((batch, history_size))
         close(kit.numpy(history.dot(kit.array(w))), model.dot(w), 100 * kit.eps, "dot")
-        found = kit.numpy(history.dot(kit.array(many)))
-        close(found, np.stack([model.dot(many[:, r]) for r in range(2)], axis=1), 100 * kit.eps, "dot of several")
+        result = kit.numpy(history.dot(kit.array(many)))
+        close(result, np.stack([model.dot(many[:, r]) for r in range(2)], axis=1), 100 * kit.eps, "dot of several")
         unseen = np.array([[slot not in rows for slot in range(history_size)] for rows in model.seen])
         assert not kit.numpy(history.dot(kit.array(w)))[unseen].any(), "dot: a slot that is not seen gives zero"
         close(kit.numpy(history.combine(kit.array(c))), model.combine(c), 100 * kit.eps, "combine")
@@ -110,17 +110,17 @@ class HistoryTests(Conformance):
                 old = old.append(kit.array(v))
                 model.append(v, [True] * batch)
             first = rng.standard_normal((batch, n))
-            found = old.copy().merge(kit.array(rows, "bool"), new.append(kit.array(first)))
-            found = found.masked(kit.array([True] * batch, "bool"))
+            result = old.copy().merge(kit.array(rows, "bool"), new.append(kit.array(first)))
+            result = result.masked(kit.array([True] * batch, "bool"))
             for i in range(batch):
                 if rows[i]:
                     model.seen[i] = {0: first[i]}
             if all(rows):
                 model.written = 1
-            self._agree(kit, found, model, rng)
+            self._agree(kit, result, model, rng)
             v = rng.standard_normal((batch, n))
             model.append(v, [True] * batch)
-            self._agree(kit, found.append(kit.array(v)), model, rng)
+            self._agree(kit, result.append(kit.array(v)), model, rng)
 
     def test_an_empty_history(self, kit: Kit) -> None:
         history = kit.backend.history(kit.array(np.zeros((2, 3))), 4)
@@ -161,8 +161,8 @@ class HistoryTests(Conformance):
         dot = kit.numpy(history.dot(v))
         assert np.array_equal(dot[0], [0.0, 0.0]), "erase: products with it are zero"
         close(dot[1], [7.0, 0.0], 10 * kit.eps, "erase: other rows stay")
-        found = kit.numpy(history.combine(kit.array(np.ones((2, 2)))))
-        close(found, [[0.0, 0.0], [3.0, 4.0]], 10 * kit.eps, "erase: combinations with it are zero")
+        result = kit.numpy(history.combine(kit.array(np.ones((2, 2)))))
+        close(result, [[0.0, 0.0], [3.0, 4.0]], 10 * kit.eps, "erase: combinations with it are zero")
         assert list(kit.numpy(history.count())) == [1, 1], "erase: the sample is full when its mates are"
         assert list(kit.numpy(history.append(v).full())) == [True, True], (
             "erasing a vector must not free its slot: the count stays."
@@ -184,11 +184,11 @@ class HistoryTests(Conformance):
             for k in range(filled):
                 active = kit.array(~frozen[rows] | (k < own), "bool")
                 history = history.masked(None if k < own else active).append(kit.array(vectors[k][rows]))
-            found = history.masked(None)
+            result = history.masked(None)
             base = kit.array(v[rows])
-            products, coefficients = found.dot(base), kit.array(c[rows])
+            products, coefficients = result.dot(base), kit.array(c[rows])
             return tuple(
-                map(kit.numpy, (products, found.combine(coefficients), found.add_combination(base, coefficients)))
+                map(kit.numpy, (products, result.combine(coefficients), result.add_combination(base, coefficients)))
             )
 
         whole = run(np.arange(batch), history_size)
@@ -205,8 +205,8 @@ class HistoryTests(Conformance):
         )
         one = kit.array(np.ones((2, 3)))
         jump = lambda z: z + kit.backend.xp.where(kit.backend.xp.abs(z) > 1e5, one, 1e6 * one)  # noqa: E731
-        found = iterate(kit.backend, Picard(), jump, kit.array(np.zeros((2, 3))), StoppingCriteria(0.5, max_steps=5))
-        assert (kit.numpy(found.status) == int(Status.CONVERGED)).all(), "the residual has fallen a millionfold"
+        result = iterate(kit.backend, Picard(), jump, kit.array(np.zeros((2, 3))), StoppingCriteria(0.5, max_steps=5))
+        assert (kit.numpy(result.status) == int(Status.CONVERGED)).all(), "the residual has fallen a millionfold"
         still = iterate(kit.backend, Picard(), lambda z: z + one, 0 * one, StoppingCriteria(0.05, max_steps=60))
         assert not (kit.numpy(still.status) == int(Status.CONVERGED)).any(), "CONVERGED by growth of the iterate"
 
@@ -229,11 +229,11 @@ class HistoryTests(Conformance):
     def test_narrow_storage_has_wide_products(self, kit: Kit, dtype: str) -> None:
         like = kit.array(np.ones((1, 3)), dtype)
         history = kit.backend.history(like, 2, "float32").append(like)
-        found = history.dot(like)
+        result = history.dot(like)
         wide = kit.backend.dtype_name(kit.backend.to_accum_dtype(like))
-        assert kit.backend.dtype_name(found) == wide, "coefficients are in the wide dtype"
-        assert kit.backend.dtype_name(history.combine(found)) == dtype, "combine answers in the state's dtype"
-        close(kit.numpy(found)[0, 0], 3.0, 1e-6, "dot")
+        assert kit.backend.dtype_name(result) == wide, "coefficients are in the wide dtype"
+        assert kit.backend.dtype_name(history.combine(result)) == dtype, "combine answers in the state's dtype"
+        close(kit.numpy(result)[0, 0], 3.0, 1e-6, "dot")
 
     @needs("bfloat16")
     def test_storage_in_bfloat16(self, kit: Kit) -> None:
@@ -249,15 +249,15 @@ class HistoryTests(Conformance):
         clean = np.array([[1.0, 2.0], [3.0, 4.0]])
         bad = clean.copy()
         bad[0] = harm
-        found = []
+        result = []
         for rows in (clean, bad):
             with kit.backend.errstate():
                 history = kit.backend.history(kit.array(rows), 2).append(kit.array(rows))
                 dots, sums = history.dot(kit.array(rows)), history.combine(kit.array(clean))
-            found.append((kit.numpy(dots)[1], kit.numpy(sums)[1]))
-        assert np.array_equal(found[0][0], found[1][0]), (
+            result.append((kit.numpy(dots)[1], kit.numpy(sums)[1]))
+        assert np.array_equal(result[0][0], result[1][0]), (
             "NaN or inf in one sample must not change products of another. Mask before the product, not after it."
         )
-        assert np.array_equal(found[0][1], found[1][1]), (
+        assert np.array_equal(result[0][1], result[1][1]), (
             "NaN or inf in one sample must not change combinations of another. Mask before the product, not after it."
         )

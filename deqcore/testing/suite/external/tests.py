@@ -125,9 +125,9 @@ class ExternalSolverTests(Conformance):
         case = cases.SPOILED
         truth = case.alone(0).truth
         result = judge.solve(case, f"the first row must be {truth[0].round(6).tolist()}")
-        found = judge.numpy(result.z)[0]
-        error = distance(found, truth[0])
-        assert error <= 1e-4, f"the healthy sample is {found.tolist()}, off by {error:.1e}"
+        actual = judge.numpy(result.z)[0]
+        error = distance(actual, truth[0])
+        assert error <= 1e-4, f"the healthy sample is {actual.tolist()}, off by {error:.1e}"
         if result.converged is not None:
             done = judge.numpy(result.converged)
             assert not done[1], "the sample with NaN is reported as converged"
@@ -146,8 +146,8 @@ class ExternalSolverTests(Conformance):
     @several("dtype", ["float64", "float32"])
     def test_the_dtype_is_kept(self, judge: Judge, dtype: str) -> None:
         result = judge.solve(replace(cases.LINEAR, dtype=dtype, rtol=1e-4), f"the result must be {dtype}")
-        found = judge.kit.backend.dtype_name(result.z)
-        assert found == dtype, f"z0 is {dtype}, the result {found}"
+        actual = judge.kit.backend.dtype_name(result.z)
+        assert actual == dtype, f"z0 is {dtype}, the result {actual}"
 
     @several("unit", [1e-12, 1e12])
     def test_units_do_not_matter(self, judge: Judge, unit: float) -> None:
@@ -162,16 +162,16 @@ class ExternalSolverTests(Conformance):
         judge.needs("gradient")
         case = replace({**cases.EASY, "slow": cases.SLOW}[problem], rtol=1e-9)
         expected = gradient_of(case)
-        found = judge.gradient(case, f"the gradient of z*.sum() for b is {expected.round(6).tolist()}")
-        error = distance(found, expected)
-        assert error <= 1e-3, f"the gradient is {found.tolist()}, off by {100 * error:.2g} %"
+        result = judge.gradient(case, f"the gradient of z*.sum() for b is {expected.round(6).tolist()}")
+        error = distance(result, expected)
+        assert error <= 1e-3, f"the gradient is {result.tolist()}, off by {100 * error:.2g} %"
 
     def test_nan_in_one_sample_spoils_no_gradient(self, judge: Judge) -> None:
         judge.needs("gradient")
         judge.needs("batch")
         expected = gradient_of(cases.SPOILED.alone(0))[0]
-        found = judge.gradient(cases.SPOILED, f"the first row of the gradient is {expected.round(6).tolist()}")[0]
-        assert distance(found, expected) <= 1e-3, f"the gradient of the healthy sample is {found.tolist()}"
+        result = judge.gradient(cases.SPOILED, f"the first row of the gradient is {expected.round(6).tolist()}")[0]
+        assert distance(result, expected) <= 1e-3, f"the gradient of the healthy sample is {result.tolist()}"
 
     def test_a_second_derivative_is_right_or_refused(self, judge: Judge) -> None:
         """Compare with z'' = f''(z) z'³ for z = tanh(z)/2 + b."""
@@ -181,16 +181,16 @@ class ExternalSolverTests(Conformance):
         expected = -t * (1 - t**2) / (1 - 0.5 * (1 - t**2)) ** 3
         f, z0, b = case.arrays(judge.kit)
         judge.show(case, f"the second derivative for b is {expected.round(6).tolist()}, or an error")
-        found, refusal = None, ""
+        result, refusal = None, ""
         try:
-            found = judge.numpy(judge.solver.second(f, z0, (b,), 0 * z0 + 1, **judge.numbers(case)))
+            result = judge.numpy(judge.solver.second(f, z0, (b,), 0 * z0 + 1, **judge.numbers(case)))
         except Exception as error:
             refusal = f"{type(error).__name__}: {error}"
-        if found is None:
+        if result is None:
             assert "second" not in judge.solver.claims, f"second derivatives are claimed, but {refusal}"
             return
-        away = distance(found, expected)
-        assert away <= 1e-3, f"the second derivative is {found.tolist()}, off by {100 * away:.2g} %, without an error"
+        away = distance(result, expected)
+        assert away <= 1e-3, f"the second derivative is {result.tolist()}, off by {100 * away:.2g} %, without an error"
 
     def test_evaluations_are_those_that_took_place(self, judge: Judge) -> None:
         judge.needs("evaluations")
@@ -216,8 +216,8 @@ class ExternalSolverTests(Conformance):
 
     def test_it_prints_and_plots_nothing(self, judge: Judge, capfd: Any) -> None:
         judge.solve(cases.CURVED, "nothing may be printed or plotted")
-        found = shown(capfd)
-        assert not found, found
+        result = shown(capfd)
+        assert not result, result
 
     def test_settings_of_the_process_are_left_alone(self, judge: Judge) -> None:
         """Let the fixture compare the settings of Python, NumPy and the framework with those before the solve."""
@@ -326,11 +326,11 @@ class Judge:
         return calls[0], result
 
 
-def distance(found: Any, expected: Any) -> float:
+def distance(result: Any, expected: Any) -> float:
     """Return ‖found − expected‖ / ‖expected‖, and inf where a number is missing."""
-    found, expected = np.asarray(found, float), np.asarray(expected, float)
+    result, expected = np.asarray(result, float), np.asarray(expected, float)
     size = float(np.linalg.norm(expected))
-    away = float(np.linalg.norm(found - expected))
+    away = float(np.linalg.norm(result - expected))
     return away / size if np.isfinite(away) and size > 0 else away if np.isfinite(away) else float("inf")
 
 

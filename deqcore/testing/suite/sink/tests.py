@@ -71,11 +71,11 @@ class SinkTests:
         made.write([row(2, value=np.inf)])
         made.close()
         if made.keeps:
-            found = self.read(tmp_path)
-            assert [step for step, _ in found] == [0, 1, 2], (
+            result = self.read(tmp_path)
+            assert [step for step, _ in result] == [0, 1, 2], (
                 "the sink must keep every row, in the order in which they came."
             )
-            assert [values[METRIC] for _, values in found] == [0.5, 1.5, np.inf], (
+            assert [values[METRIC] for _, values in result] == [0.5, 1.5, np.inf], (
                 "the sink must keep the values of every row as they are, inf included."
             )
 

@@ -47,8 +47,8 @@ class EstimateTests(Conformance):
     def test_the_sharp_estimate_keeps_the_latest_pair(self, kit: Kit, solver: Solver) -> None:
         """`apply_transpose_unregularised` has only the regularisation that rounding needs: H y = s within a percent."""
         for h, s, y in self._estimates(kit, solver, affine()):
-            found = np.sum(self._sharp(kit, h) * y[:, None, :], axis=2)
-            error = self._distance(kit, h, found, s)
+            result = np.sum(self._sharp(kit, h) * y[:, None, :], axis=2)
+            error = self._distance(kit, h, result, s)
             assert error <= 1e-2, f"H y = s for the latest pair is off by {error:.1e}, judged sharply"
 
     def test_a_sample_without_pairs_says_so(self, kit: Kit, solver: Solver) -> None:
@@ -75,8 +75,8 @@ class EstimateTests(Conformance):
         for h, *_ in self._estimates(kit, solver, affine(norm=0.9)):
             ready = h.prepared()
             for name in ("apply", "apply_transpose"):
-                found, expected = (kit.numpy(getattr(each, name)(v)) for each in (ready, h))
-                close(found, expected, 1e-6 if kit.eps < 1e-10 else 1e-2, f"{name} of the prepared estimate")
+                result, expected = (kit.numpy(getattr(each, name)(v)) for each in (ready, h))
+                close(result, expected, 1e-6 if kit.eps < 1e-10 else 1e-2, f"{name} of the prepared estimate")
 
     def test_the_secant_estimate_keeps_both_pairs(self, kit: Kit, solver: Solver) -> None:
         """Require all secant equations at once up to 1 %, which a recursive update does not satisfy."""
@@ -106,14 +106,14 @@ class EstimateTests(Conformance):
         problem = affine(norm=0.9)
         problem.a[0] *= 0.3
         v = np.random.default_rng(9).standard_normal((3, 6))
-        found = []
+        result = []
         for rows in (slice(0, 3), slice(0, 1)):
             part = Affine(problem.a[rows], problem.b[rows])
             z0 = kit.array(np.zeros(part.b.shape))
             sol = kit.solve(kit.map(part), z0, solver=solver_name, rtol=1e-4, options=settings)
             h = self._estimate(kit, solver, self._state(sol))
-            found.append(self._apply(kit, h, v[rows], transpose=True)[0])
-        close(found[0], found[1], 1e-5 if kit.eps < 1e-10 else 5e-2, "Hᵀv in a batch and alone")
+            result.append(self._apply(kit, h, v[rows], transpose=True)[0])
+        close(result[0], result[1], 1e-5 if kit.eps < 1e-10 else 5e-2, "Hᵀv in a batch and alone")
 
     def test_continuing_leaves_the_first_estimate_alone(
         self, kit: Kit, solver: Solver, solver_name: str, settings: Any
@@ -141,7 +141,7 @@ class EstimateTests(Conformance):
         if not solver.has_estimate:
             pytest.skip("the solver keeps no estimate")
         walked = walk_steps(kit, solver, kit.map(problem), kit.array(np.zeros((3, 6))), steps)
-        (z0, f0), (z1, f1) = ([kit.numpy(a) for a in found[:2]] for found in walked[-2:])
+        (z0, f0), (z1, f1) = ([kit.numpy(a) for a in result[:2]] for result in walked[-2:])
         s, y = z1 - z0, (f1 - z1) - (f0 - z0)
         for make in (solver.inverse_jacobian, solver.secant_estimate):
             h = make(kit.backend, walked[-1][2])
@@ -153,10 +153,10 @@ class EstimateTests(Conformance):
         known = h.known()
         return np.ones(3, bool) if known is None else kit.numpy(known)
 
-    def _distance(self, kit: Kit, h: InverseJacobian, found: Any, s: Any) -> float:
+    def _distance(self, kit: Kit, h: InverseJacobian, result: Any, s: Any) -> float:
         """Return the relative distance from `s` over the samples that have pairs, 0 if none has."""
         known = self._known(kit, h)
-        return float(np.linalg.norm((found - s)[known])) / max(float(np.linalg.norm(s[known])), 1e-300)
+        return float(np.linalg.norm((result - s)[known])) / max(float(np.linalg.norm(s[known])), 1e-300)
 
     def _sharp(self, kit: Kit, h: InverseJacobian) -> Any:
         """H as a matrix `(3, 6, 6)`, judged sharply."""

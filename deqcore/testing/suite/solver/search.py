@@ -52,8 +52,8 @@ class SearchTests(Conformance):
         alone = solved(stairs, [[0.0]])
         beside = solved(lambda z: (1.0 - mate) * stairs(z) + mate * (1.0 - 3.0 * z), [[0.0], [5.0]])
         for quantity in ("value", "residual", "steps"):
-            found, expected = (kit.numpy(getattr(each, quantity))[0] for each in (beside, alone))
-            close(found, expected, 1e-6 if kit.eps < 1e-10 else 1e-2, f"{quantity} beside another sample")
+            result, expected = (kit.numpy(getattr(each, quantity))[0] for each in (beside, alone))
+            close(result, expected, 1e-6 if kit.eps < 1e-10 else 1e-2, f"{quantity} beside another sample")
 
     def test_a_search_takes_the_same_steps_in_other_units(self, kit: Kit, solver: Solver) -> None:
         """Step s f(z/s), s at both ends of the range, where extrapolation leads to far larger residuals.
@@ -84,8 +84,8 @@ class SearchTests(Conformance):
         together = [kit.numpy(z) for z, *_ in walk_steps(kit, solver, f, z0, 8)]
         for row, (part, start) in enumerate(parts):
             for step, (z, *_) in enumerate(walk_steps(kit, solver, part, start, 8)):
-                found, expected = together[step][row], kit.numpy(z)[0]
-                close(found, expected, 1e-6 if kit.eps < 1e-10 else 1e-2, f"sample {row} after step {step}")
+                result, expected = together[step][row], kit.numpy(z)[0]
+                close(result, expected, 1e-6 if kit.eps < 1e-10 else 1e-2, f"sample {row} after step {step}")
 
     def test_an_estimate_learns_every_pair(self, kit: Kit, solver: Solver) -> None:
         """Check that H y = s holds after each step for the latest pair.

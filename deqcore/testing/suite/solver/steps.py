@@ -32,10 +32,10 @@ def walk_steps(kit: Kit, solver: Solver, f: Map, z: Any, steps: int, *, jit: boo
     step = compiled(lambda z, fz, state: solver.step(kit.backend, f, z, fz, state))
     with kit.backend.errstate():  # as the loop is
         fz = f(z)
-        found: list[tuple[Any, Any, Any]] = [(z, fz, init(z, fz))]
+        result: list[tuple[Any, Any, Any]] = [(z, fz, init(z, fz))]
         for _ in range(steps):
-            found.append(step(*found[-1]))
-    return found
+            result.append(step(*result[-1]))
+    return result
 
 
 def overshooting(kit: Kit, rows: slice = slice(0, 3)) -> tuple[Map, Any]:
@@ -101,7 +101,7 @@ class StepTests(Conformance):
         problem = affine(norm=0.5)
         z0 = kit.backend.astype(kit.array(np.zeros((3, 6)), "float32"), dtype)
         f = lambda z: kit.backend.cast(kit.map(problem, "float32")(kit.backend.astype(z, "float32")), z)  # noqa: E731
-        kinds = [self._kinds(kit, found) for found in walk_steps(kit, solver, f, z0, 3)]
+        kinds = [self._kinds(kit, result) for result in walk_steps(kit, solver, f, z0, 3)]
         for step, kind in enumerate(kinds[1:], 1):
             assert kind == kinds[0], f"after step {step}"
         assert kinds[0][0] == kinds[0][1] == f"{dtype} (3, 6)", (
@@ -179,8 +179,8 @@ class StepTests(Conformance):
             other = ahead, step(*continued(*ahead))
             for name, ours, theirs in zip(("a step", "the step after it"), own, other, strict=True):
                 for part in (0, 1):
-                    exact, found = kit.numpy(ours[part])[rows], kit.numpy(theirs[part])[rows]
-                    close(found, exact, 4 * kit.eps, f"{('z', 'f(z)')[part]} after {name} of an opening")
+                    exact, result = kit.numpy(ours[part])[rows], kit.numpy(theirs[part])[rows]
+                    close(result, exact, 4 * kit.eps, f"{('z', 'f(z)')[part]} after {name} of an opening")
 
     def test_f_is_evaluated_as_often_as_declared(self, kit: Kit, solver: Solver) -> None:
         calls = []
@@ -210,9 +210,9 @@ class StepTests(Conformance):
         f, z0 = overshooting(kit, slice(0, 1))
         counter = _Counter(kit.backend)
         with mock.patch.object(kit.backend.autodiff, "jvp", counter.jvp):
-            found = walk_steps(kit, solver, counter.counted(f), z0, 4, jit=False)
+            result = walk_steps(kit, solver, counter.counted(f), z0, 4, jit=False)
         steps = kit.backend.xp.zeros_like(kit.array(np.zeros(1)), dtype=kit.backend.xp.int32) + 4
-        reported = int(kit.numpy(solver.evaluations(kit.backend, steps, found[-1][2]))[0])
+        reported = int(kit.numpy(solver.evaluations(kit.backend, steps, result[-1][2]))[0])
         assert reported == counter.calls, f"evaluations: reported {reported}, counted {counter.calls}"
 
     def test_every_number_among_its_options_matters(self, kit: Kit, solver: Solver) -> None:

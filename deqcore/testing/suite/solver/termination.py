@@ -53,8 +53,8 @@ class EndTests(Conformance):
         z0 = kit.array(np.ones((2, 3)))
         f = lambda z: 0.5 * kit.backend.xp.tanh(z)  # noqa: E731
         sol = kit.solve(f, z0, solver=solver_name, rtol=1e-6, options=settings, max_steps=300)
-        found = [Status(int(code)).name for code in kit.numpy(sol.status)]
-        assert found == ["CONVERGED"] * 2, f"an equilibrium at 0 ended as {found} with residuals {sol.residual}"
+        result = [Status(int(code)).name for code in kit.numpy(sol.status)]
+        assert result == ["CONVERGED"] * 2, f"an equilibrium at 0 ended as {result} with residuals {sol.residual}"
         assert np.abs(kit.numpy(sol.value)).max() < 1e-12, "CONVERGED, but not at 0"
 
     def test_a_restarted_sample_begins_where_it_is_put(self, kit: Kit, solver: Solver) -> None:

@@ -59,8 +59,8 @@ class SolverTests(StepTests, SearchTests, EstimateTests, EndTests, UnitTests, Co
 
     def required(self, request: Any) -> Sequence[str]:
         """Return the capabilities that the solver declares."""
-        found: Any = plugins.load("solver", request.getfixturevalue("solver_name"))
-        return tuple(found.needs)
+        result: Any = plugins.load("solver", request.getfixturevalue("solver_name"))
+        return tuple(result.needs)
 
     @pytest.fixture
     def settings(self, request: Any) -> Mapping[str, object]:
@@ -192,8 +192,8 @@ class SolverTests(StepTests, SearchTests, EstimateTests, EndTests, UnitTests, Co
             assert abs(steps[0] - steps[1]) <= (steps[0] > 8), (
                 f"sample {i}: {steps[0]} steps alone, {steps[1]} together"
             )
-            found = kit.numpy(together.value)[i]
-            close(found, kit.numpy(alone.value)[0], 1e-7 if kit.eps < 1e-10 else 1e-3, f"sample {i}")
+            result = kit.numpy(together.value)[i]
+            close(result, kit.numpy(alone.value)[0], 1e-7 if kit.eps < 1e-10 else 1e-3, f"sample {i}")
 
     @several("harm", [np.nan, np.inf])
     def test_a_bad_sample_changes_no_bit_of_its_neighbours(

@@ -21,12 +21,12 @@ class UnitTests:
     def test_units_converge_together(self, kit: Kit, solver: Solver, solver_name: str, settings: Any) -> None:
         """Compare with the dense solution, and measure every residual at the one point that is returned."""
         problem, rtol = tokens(), 1e-8
-        found, at = self._solved(kit, solver, solver_name, settings, problem, rtol=rtol)
-        status, residual = kit.numpy(found.status), kit.numpy(found.residual)
+        result, at = self._solved(kit, solver, solver_name, settings, problem, rtol=rtol)
+        status, residual = kit.numpy(result.status), kit.numpy(result.residual)
         assert status.shape == problem.b.shape[:2], f"the status must be one per unit (got the shape {status.shape})"
         assert (status == int(Status.CONVERGED)).all(), f"units of a contraction ended as {status}"
-        close(kit.numpy(found.value), problem.root, 50 * max(rtol, kit.eps**0.5), "z*")
-        true, size = np.linalg.norm(at - kit.numpy(found.value), axis=2), np.linalg.norm(at, axis=2)
+        close(kit.numpy(result.value), problem.root, 50 * max(rtol, kit.eps**0.5), "z*")
+        true, size = np.linalg.norm(at - kit.numpy(result.value), axis=2), np.linalg.norm(at, axis=2)
         assert (true <= 1.01 * max(rtol, kit.eps**0.5) * size).all(), (
             f"units that converged have residuals of up to {(true / size).max():.2g} at the returned point"
         )
@@ -57,5 +57,5 @@ class UnitTests:
         except ConfigError as error:
             pytest.skip(f"the solver refuses coupled units: {error}")
         b = kit.array(problem.b)
-        found = kit.solve(kit.token_map(problem), 0 * b, b, solver=name, options=settings, batch=2, **more)
-        return found, problem.m @ kit.numpy(found.value) @ problem.w + problem.b
+        result = kit.solve(kit.token_map(problem), 0 * b, b, solver=name, options=settings, batch=2, **more)
+        return result, problem.m @ kit.numpy(result.value) @ problem.w + problem.b

@@ -106,9 +106,9 @@ class AdjointTests(Conformance):
         problem, g = affine(norm=0.3), cotangent()
         u, _ = solve_adjoint(kit, strategy, problem, g, perfect(affine(norm=0.3, seed=5)))  # an estimate of another J
         u2, _ = solve_adjoint(kit, strategy, problem, g)  # H = −I
-        for found in (u, u2) if strategy.uses_vjp() else (u2,):
+        for result in (u, u2) if strategy.uses_vjp() else (u2,):
             limit = 1.8 if not strategy.uses_vjp() else 0.6
-            assert (problem.residual(found, g) <= limit).all(), "a worthless estimate must not be trusted blindly"
+            assert (problem.residual(result, g) <= limit).all(), "a worthless estimate must not be trusted blindly"
         assert (problem.residual(u2, g) <= 0.3 + 1e-6).all(), "‖g + Jᵀu − u‖ is above that of u = g"
 
     def test_the_report_is_true(self, kit: Kit, strategy: Strategy) -> None:
@@ -222,8 +222,8 @@ class AdjointTests(Conformance):
 
     def _budget(self, strategy: Strategy) -> tuple[str, int]:
         options = option_values(strategy)
-        found: tuple[str, object] = next(((name, options[name]) for name in BUDGETS if name in options), ("", 0))
-        return found[0], found[1] if isinstance(found[1], int) else sys.maxsize  # "auto" is not a small budget
+        result: tuple[str, object] = next(((name, options[name]) for name in BUDGETS if name in options), ("", 0))
+        return result[0], result[1] if isinstance(result[1], int) else sys.maxsize  # "auto" is not a small budget
 
     def test_a_fallback_is_reported(self, kit: Kit, strategy: Strategy) -> None:
         g = cotangent()

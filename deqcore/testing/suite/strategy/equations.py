@@ -59,9 +59,9 @@ def solve_adjoint(
     assert isinstance(report, AdjointReport), (
         "solve_adjoint must return (u, AdjointReport), such as by deqcore.abc.backward.report."
     )
-    found = AdjointReport(*map(kit.numpy, report))
-    check_statuses(found)
-    return kit.numpy(u), found
+    result = AdjointReport(*map(kit.numpy, report))
+    check_statuses(result)
+    return kit.numpy(u), result
 
 
 def check_statuses(report: AdjointReport) -> None:

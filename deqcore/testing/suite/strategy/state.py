@@ -70,8 +70,8 @@ def _program(kit: Kit, strategy: StatefulStrategy) -> Callable[..., Any]:
 
     def routed(g: Array, a: Array, z: Array, converged: Array, residual: Array, values: Array) -> Any:
         xp = kit.backend.xp
-        pull = lambda u: (xp.matmul(xp.permute_dims(u, (1, 0)), z),)  # noqa: E731
-        inputs = PassInputs(values, converged, residual, pull)
+        parameter_vjp = lambda u: (xp.matmul(xp.permute_dims(u, (1, 0)), z),)  # noqa: E731
+        inputs = PassInputs(values, converged, residual, parameter_vjp)
         with kit.backend.errstate():
             return strategy.solve_with_state(kit.backend, kit.vjp(a), g, None, inputs)
 
@@ -95,9 +95,9 @@ class Training:
         arrays = (kit.array(each, self.dtype) for each in (batch.g, batch.problem.a, batch.z))
         mask, residual = kit.array(np.full(size, converged), "bool"), kit.array(np.full(size, 1e-6), self.dtype)
         u, report, self.values = _program(kit, self.strategy)(*arrays, mask, residual, self.values)
-        found = AdjointReport(*map(kit.numpy, report))
-        check_statuses(found)
-        return kit.numpy(u), found
+        result = AdjointReport(*map(kit.numpy, report))
+        check_statuses(result)
+        return kit.numpy(u), result
 
 
 class StateTests(Conformance):
@@ -112,10 +112,10 @@ class StateTests(Conformance):
 
     def target(self, training: Training) -> float:
         """Return the relative error of the batch's gradient that the options promise."""
-        found = option_values(training.strategy).get("max_relative_error")
-        if not isinstance(found, float):
+        result = option_values(training.strategy).get("max_relative_error")
+        if not isinstance(result, float):
             pytest.skip("the options promise no accuracy")
-        return found
+        return result
 
     def test_the_state_is_a_vector_of_fixed_length(self, training: Training) -> None:
         begin = np.asarray(training.strategy.init_state())
@@ -123,10 +123,10 @@ class StateTests(Conformance):
         assert np.isfinite(begin).all(), "a state that is not finite counts as a new one"
         for batch, _ in zip(batches(0.7, 0), range(3), strict=False):
             training.step(batch)
-            found = training.kit.numpy(training.values)
-            assert found.shape == begin.shape, f"a state of the shape {found.shape}, but init_state has {begin.shape}"
-            assert found.dtype == np.float32, f"the state must be float32 (got {found.dtype}): cast it"
-            assert np.isfinite(found).all(), f"the state is not finite: {found}"
+            result = training.kit.numpy(training.values)
+            assert result.shape == begin.shape, f"a state of the shape {result.shape}, but init_state has {begin.shape}"
+            assert result.dtype == np.float32, f"the state must be float32 (got {result.dtype}): cast it"
+            assert np.isfinite(result).all(), f"the state is not finite: {result}"
 
     def test_a_pass_depends_on_nothing_but_its_arguments(self, training: Training) -> None:
         some = batches(0.7, 1)
@@ -171,16 +171,16 @@ class StateTests(Conformance):
             u, report = training.step(batch)
             audited = (report.gradient_products > 0).any()
             true, (_, report) = batch.error(u), training.step(batch)
-            found = report.gradient_error
-            if audited or not np.isfinite(found).all():
+            result = report.gradient_error
+            if audited or not np.isfinite(result).all():
                 continue
             checked += 1
             slack = 2e-3 + 0.02 * true
-            assert abs(found[0] - true) <= slack, f"the audit reports {found[0]}, but the error was {true}"
+            assert abs(result[0] - true) <= slack, f"the audit reports {result[0]}, but the error was {true}"
             mine, exact = batch.gradient(u).ravel(), batch.exact.ravel()
             cosine = mine @ exact / np.linalg.norm(mine) / np.linalg.norm(exact)
             assert abs(report.gradient_cosine[0] - cosine) <= slack, f"cosine {report.gradient_cosine[0]}, not {cosine}"
-            assert (found == found[0]).all(), "the error is that of the batch, the same for all samples"
+            assert (result == result[0]).all(), "the error is that of the batch, the same for all samples"
         if not checked:
             pytest.skip("no audit came right after a pass without one")
 
@@ -228,8 +228,8 @@ class StateTests(Conformance):
         batch = next(batches(0.8, 8))
         expected, report = training.step(batch)
         training.values = training.fresh() * float("nan")
-        found, other = training.step(batch)
-        assert np.array_equal(found, expected), "with a state of NaN, u must be that of init_state: begin again"
+        result, other = training.step(batch)
+        assert np.array_equal(result, expected), "with a state of NaN, u must be that of init_state: begin again"
         assert np.array_equal(report.vjps, other.vjps), f"with a state of NaN: {other.vjps} vjps, not {report.vjps}"
 
     def test_batches_of_other_sizes_share_the_state(self, training: Training) -> None:

@@ -279,6 +279,6 @@ class StepStrategyTests(Conformance):
 
     def _forward(self, kit: Kit, problem: Affine, solver: str) -> SolveResult:
         z0 = kit.array(np.zeros(problem.b.shape))
-        numbers = [kit.backend.as_scalar(value, z0) for value in (1e-13, 0.0, 300)]
+        numbers = [kit.backend.numbers.as_scalar(value, z0) for value in (1e-13, 0.0, 300)]
         iterate = BoundSolve(kit.backend, plugins.make_solver(solver), StoppingCriteria(*numbers))
         return kit.backend.autodiff.forward_only(kit.map(problem), z0, (), iterate)

@@ -117,12 +117,12 @@ class StrategyTests(
         z, (da, db, dc) = deqcore.vjp(f, 0 * b, *args, cotangent=kit.array(g), config=config)
         u = problem.adjoint(g)
         close(kit.numpy(z), problem.root, 1e-4, "z*")
-        for name, found, expected in (
+        for name, result, expected in (
             ("b", db, u),
             ("c", dc["c"][0], u),
             ("A", da, u[:, :, None] * problem.root[:, None, :]),
         ):
-            close(kit.numpy(found), expected, 0.06, f"gradient for {name}")
+            close(kit.numpy(result), expected, 0.06, f"gradient for {name}")
 
     @needs("autodiff")
     def test_an_argument_that_is_computed_from_another_counts_once(
@@ -140,8 +140,8 @@ class StrategyTests(
         def value(x: Any) -> tuple[Any, None]:
             return deqcore.fixed_point(f, 0 * x, 2.0 * x, x, config=config).value, None
 
-        _, _, (found,) = kit.backend.autodiff.vjp(value, (x,), g)
-        close(kit.numpy(found), 2.0 * kit.numpy(dh) + kit.numpy(dx), 1e-5, "gradient in x")
+        _, _, (result,) = kit.backend.autodiff.vjp(value, (x,), g)
+        close(kit.numpy(result), 2.0 * kit.numpy(dh) + kit.numpy(dx), 1e-5, "gradient in x")
 
     @needs("autodiff")
     @several("dtype", DTYPES)
@@ -159,10 +159,10 @@ class StrategyTests(
             z, (db,) = deqcore.vjp(lambda z, b: f(z) + b, 0 * b, b, cotangent=cotangent, config=config)
             return [kit.numpy(z) / s[:, None], kit.numpy(db)]
 
-        for name, found, expected in zip(
+        for name, result, expected in zip(
             ("z*", "gradient"), gradient(scales(3, dtype)), gradient(np.ones(3)), strict=True
         ):
-            close(found, expected, 1e-4, f"{name} in other units")
+            close(result, expected, 1e-4, f"{name} in other units")
 
     @several("dtype", DTYPES)
     def test_gradients_have_the_dtype_of_their_argument(
