@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from deqcore.abc.arrays import is_inexact
 from deqcore.abc.backend import Backend
@@ -45,8 +44,7 @@ from deqcore.types import (
 )
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """One call, resolved: the layers below read neither settings nor registries."""
 
     config: Config
