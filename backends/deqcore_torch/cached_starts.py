@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from deqcore.errors import ConfigError
-from deqcore.warm_start import closer_start, restart_changed
 
 if TYPE_CHECKING:
     from deqcore.equilibrium_cache import EquilibriumCache
@@ -61,6 +60,8 @@ def from_cache(
     start = cache.start(ids, cold, changed)
     if not cache.compare or start is cold:
         return start
+    from deqcore.warm_start import closer_start
+
     with torch.no_grad():
         return closer_start(f, cold, start, *inputs)
 
@@ -74,6 +75,8 @@ def from_previous(previous: Any, cold: Any, changed: Any, reuse: str | None) -> 
     if reuse not in ("sequence", "carry"):
         expected = "None without ids, except with reuse = 'sequence' or 'carry'"
         raise ConfigError.bad_value("The layer", "changed", type(changed).__name__, expected)
+    from deqcore.warm_start import restart_changed
+
     return restart_changed(previous, cold, changed)
 
 

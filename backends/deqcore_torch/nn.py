@@ -22,7 +22,7 @@ from deqcore.layer import (
     stages,
 )
 from deqcore.solution import Solution, SolveState
-from deqcore_torch import cached_starts, last_equilibrium, problems, saved_tensors, trees
+from deqcore_torch import cached_starts, last_equilibrium, problems, trees
 from deqcore_torch.cell_checks import Watch
 from deqcore_torch.cells import begin_solve
 from deqcore_torch.disable_dynamo import untraced
@@ -331,7 +331,7 @@ class DEQ(nn.Module):
     def _map(self) -> Any:
         if not self.checkpoint:
             return self.cell
-        from deqcore_torch import functorch
+        from deqcore_torch import functorch, saved_tensors
 
         def checkpointed(z: Any, *inputs: Any) -> Any:
             if not torch.is_grad_enabled() or functorch.active():

@@ -11,7 +11,6 @@ from typing import Any
 
 from deqcore.errors import ProblemError, described
 from deqcore.solution import Solution
-from deqcore.solve.mask import checked, masked
 from deqcore.solve.observer import Solve
 from deqcore.solve.opaque import opened
 from deqcore.solve.plan import Plan
@@ -40,6 +39,8 @@ def _masked(plan: Plan, f: Callable[..., Tree], z0: Tree, mask: Any) -> tuple[Pl
     """Return the plan and f for the units of the mask."""
     if mask is None:
         return plan, f
+    from deqcore.solve.mask import checked, masked
+
     units = checked(plan.space, mask)
     return plan._replace(mask=units), masked(plan.backend, f, z0, units)
 

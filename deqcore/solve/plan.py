@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deqcore.abc.arrays import is_inexact
 from deqcore.abc.backend import Backend
@@ -16,11 +16,9 @@ from deqcore.errors import (
     InitialIterateError,
     StrategyError,
 )
-from deqcore.linear.grouped import Groups
 from deqcore.linear.norms import unmeasured
 from deqcore.solution import Solution, SolveState
 from deqcore.solve.adjoint import Adjoint, Steps, vjp_in_units
-from deqcore.solve.compaction import RestrictRows
 from deqcore.solve.failures import Watch
 from deqcore.solve.flatten import FlatFunction, RavelSpec
 from deqcore.solve.ledger import Account
@@ -42,6 +40,9 @@ from deqcore.types import (
     Status,
     StoppingCriteria,
 )
+
+if TYPE_CHECKING:
+    from deqcore.solve.compaction import RestrictRows
 
 
 class Plan(NamedTuple):
@@ -215,6 +216,8 @@ class Plan(NamedTuple):
 
     def coupled_pair(self, f: FlatFunction, args: tuple[Any, ...], z: Array) -> tuple[int, int] | None:
         """Look for two samples, or units that may not be coupled, of which one changes when the other does."""
+        from deqcore.linear.grouped import Groups
+
         backend = self.backend
         groups = Groups(backend, self.control.units)
         at = lambda z: backend.detach(backend.autodiff.forward_only(f, z, args, evaluate_once).z)  # noqa: E731
