@@ -14,7 +14,6 @@ from deqcore.config import Config
 from deqcore.errors import BackendError
 from deqcore.solution import Solution, SolveState
 from deqcore.solve import call
-from deqcore.solve import root as roots
 from deqcore.solve.capture import captured
 from deqcore.solve.dispatch import backend_named, plan_call
 from deqcore.solve.user_line import warn
@@ -130,6 +129,8 @@ def root(
         >>> sol.value.round(6).tolist(), sol.converged.tolist()
         ([[1.414214], [1.1]], [True, True])
     """
+    from deqcore.solve import root as roots
+
     plan = plan_call(config, overrides, z0, args)
     return plan.backend.guards.untraced(roots.solve)(plan, g, z0, args, state)
 

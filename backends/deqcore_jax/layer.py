@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from deqcore import layer
 from deqcore.api import fixed_point
-from deqcore.halting import Rule, until
 from deqcore.layer import LayerSettings
 from deqcore.solution import Solution
 from deqcore.types import Tree
+
+if TYPE_CHECKING:
+    from deqcore.halting import Rule
 
 
 class ImplicitLayer:
@@ -111,7 +114,11 @@ class ImplicitLayer:
         """Return the solutions of consecutive solves, each continued from the one before under further settings."""
         config, own = self.settings.call(self._training())
         start = self.initial_state(*inputs) if z0 is None else z0
-        f = self.cell if rule is None else until(self.cell, rule)
+        f = self.cell
+        if rule is not None:
+            from deqcore.halting import until
+
+            f = until(f, rule)
         solutions: list[Solution] = []
         for stage in stages:
             state = solutions[-1].state if solutions else None

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
-from deqcore.equilibrium_cache import EquilibriumCache
 from deqcore.errors import ConfigError
-from deqcore.warm_start import closer_start, restart_changed
-from deqcore_torch import functorch
+
+if TYPE_CHECKING:
+    from deqcore.equilibrium_cache import EquilibriumCache
 
 KEY: Final = "warm_start."  # of the entries in a state_dict, after the prefix of the layer
 
@@ -22,9 +22,13 @@ def check(cache: object, reuse: str | None) -> None:
     Raises:
         ConfigError: it does not fit.
     """
-    if cache is not None and not isinstance(cache, EquilibriumCache):
+    if cache is None:
+        return
+    from deqcore.equilibrium_cache import EquilibriumCache
+
+    if not isinstance(cache, EquilibriumCache):
         raise ConfigError.bad_value("The layer", "warm_start", cache, "None or a deqcore EquilibriumCache")
-    if cache is not None and reuse is not None:
+    if reuse is not None:
         raise ConfigError.bad_value("The layer", "reuse", reuse, "None beside warm_start, which starts by sample id")
 
 
@@ -50,10 +54,14 @@ def from_cache(
             "The layer", "ids", type(ids).__name__, "None without a cache; make the layer with "
             "warm_start=EquilibriumCache(capacity)",
         )  # fmt: skip
+    from deqcore_torch import functorch
+
     functorch.refuse_vmap("A layer with sample ids", "Call it outside, where each id names one state.")
     start = cache.start(ids, cold, changed)
     if not cache.compare or start is cold:
         return start
+    from deqcore.warm_start import closer_start
+
     with torch.no_grad():
         return closer_start(f, cold, start, *inputs)
 
@@ -67,6 +75,8 @@ def from_previous(previous: Any, cold: Any, changed: Any, reuse: str | None) -> 
     if reuse not in ("sequence", "carry"):
         expected = "None without ids, except with reuse = 'sequence' or 'carry'"
         raise ConfigError.bad_value("The layer", "changed", type(changed).__name__, expected)
+    from deqcore.warm_start import restart_changed
+
     return restart_changed(previous, cold, changed)
 
 

@@ -15,7 +15,6 @@ from deqcore import config as settings
 from deqcore.errors import BackendError
 from deqcore.layer import LayerSettings
 from deqcore.solution import Solution
-from deqcore_torch.layout import arrange, describe, rows_shape
 
 
 class Solvable(Protocol):
@@ -44,12 +43,16 @@ class LayerProblem:
 
     def rows(self, layout: str, state: Sequence[Tensor]) -> tuple[Any, ...]:
         """See `problems.Problem`."""
+        from deqcore_torch.layout import rows_shape
+
         layer = self._layer()
         resolved, _ = settings.resolve(*layer.settings.call(layer.training))
         return rows_shape(state[0], int(resolved.forward.batch))
 
     def run(self, layout: str, tensors: list[Tensor], warm: bool) -> tuple[Solution, list[Tensor]]:
         """Solve as `DEQ.solve` does; `warm` leaves the choice of the start to the layer."""
+        from deqcore_torch.layout import arrange, describe
+
         layer = self._layer()
         rest = iter(tensors)
         z0, inputs = arrange(layout, rest)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from deqcore import halting
 from deqcore.api import fixed_point
 from deqcore.config import Config
-from deqcore.equilibrium_cache import EquilibriumCache
 from deqcore.errors import ConfigError
-from deqcore.halting import Rule
 from deqcore.layer import (
     LayerSettings,
     check_cell,
@@ -25,12 +22,16 @@ from deqcore.layer import (
     stages,
 )
 from deqcore.solution import Solution, SolveState
-from deqcore_torch import cached_starts, functorch, last_equilibrium, problems, saved_tensors, trees
+from deqcore_torch import cached_starts, last_equilibrium, problems, trees
 from deqcore_torch.cell_checks import Watch
 from deqcore_torch.cells import begin_solve
 from deqcore_torch.disable_dynamo import untraced
 from deqcore_torch.layer_problem import LayerProblem
 from deqcore_torch.strategy_buffer import BufferState
+
+if TYPE_CHECKING:
+    from deqcore.equilibrium_cache import EquilibriumCache
+    from deqcore.halting import Rule
 
 FORMAT = 1  # version of the settings in a checkpoint
 
@@ -272,7 +273,11 @@ class DEQ(nn.Module):
         rule: Rule | None = None,
         mask: Tensor | None = None,
     ) -> Solution:
-        f = self._map() if rule is None else halting.until(self._map(), rule)
+        f = self._map()
+        if rule is not None:
+            from deqcore.halting import until
+
+            f = until(f, rule)
         batched = tuple(range(len(inputs))) if self.batched_inputs is None else self.batched_inputs
         call = self.cell.forward if isinstance(self.cell, nn.Module) else self.cell
         with explain_arguments(call, inputs, type(self.cell).__name__):
@@ -326,6 +331,7 @@ class DEQ(nn.Module):
     def _map(self) -> Any:
         if not self.checkpoint:
             return self.cell
+        from deqcore_torch import functorch, saved_tensors
 
         def checkpointed(z: Any, *inputs: Any) -> Any:
             if not torch.is_grad_enabled() or functorch.active():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from deqcore.abc.adjoint import AdjointSolver
 from deqcore.abc.arrays import ArrayOps, is_inexact
-from deqcore.abc.two_state import TwoState
 from deqcore.types import Array, BackwardRecord, BoundMap, Map, SolveResult
+
+if TYPE_CHECKING:
+    from deqcore.abc.two_state import TwoState
 
 
 class Autodiff(ABC):

@@ -28,22 +28,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import optree
 
 from deqcore.abc.autodiff import Autodiff
-from deqcore.abc.functional_history import FunctionalHistory
 from deqcore.abc.guards import CallGuards
 from deqcore.abc.harness import Harness
 from deqcore.abc.history import History
 from deqcore.abc.host import HostViews
-from deqcore.abc.kernels import FusedKernels
 from deqcore.abc.linalg import SmallLinalg
 from deqcore.abc.numbers import NumberOps
 from deqcore.abc.scaling import guarded_norm
 from deqcore.errors import BackendError
 from deqcore.types import Array, Capabilities, LoopVars, Tree
+
+if TYPE_CHECKING:
+    from deqcore.abc.kernels import FusedKernels
+
 
 _dtype_name = cache(str)  # NumPy takes longer to build a name than for most operations on small arrays
 
@@ -195,6 +197,8 @@ class Backend(ABC):
         If the framework records a gradient through `like`, the history is functional: nothing is written in place, so
         that steps can be differentiated through. The default is always functional.
         """
+        from deqcore.abc.functional_history import FunctionalHistory
+
         return FunctionalHistory.empty(self, like, history_size, dtype)
 
     # -- loops ---------------------------------------------------------------------------------------------------------

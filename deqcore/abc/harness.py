@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tracemalloc
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -110,6 +109,8 @@ class Harness:
         By the allocator of Python and NumPy, of the framework, or of the compiled program; never the memory of the
         process. The default asks `tracemalloc`, which counts small Python objects as well.
         """
+        import tracemalloc
+
         tracemalloc.start()
         try:
             before, _ = tracemalloc.get_traced_memory()

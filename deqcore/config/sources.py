@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,12 @@ from deqcore.errors import ConfigError
 from deqcore.options import Options, check, freeze
 
 
-@dataclass(frozen=True, eq=False)
 class Layer:
     """The values that one level sets, by key, and the origin of each. Hashed by identity; never changes."""
 
-    values: Mapping[Key, object]
-    origins: Mapping[Key, str]
+    def __init__(self, values: Mapping[Key, object], origins: Mapping[Key, str]) -> None:
+        self.values = values
+        self.origins = origins
 
 
 def layer(values: Iterable[tuple[Key, object]], origin: str) -> Layer:

@@ -7,15 +7,14 @@ of them, and a Krylov method takes one set of coefficients for it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.inverse_jacobian import InverseJacobian
 from deqcore.types import AdjointReport, Array, Map, PassInputs
 
 
-@dataclass(frozen=True)
-class Groups:
+class Groups(NamedTuple):
     """Groups of `units` consecutive rows.
 
     Attributes:
@@ -70,10 +69,10 @@ class Groups:
         return xp.reshape(table, (figures.shape[0] * self.units,))
 
 
-@dataclass(frozen=True)
 class _GroupedInverse(InverseJacobian):
-    groups: Groups
-    inner: InverseJacobian
+    def __init__(self, groups: Groups, inner: InverseJacobian) -> None:
+        self.groups = groups
+        self.inner = inner
 
     def apply(self, v: Array) -> Array:
         return self.groups.joined(self.inner.apply)(v)

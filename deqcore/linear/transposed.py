@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from deqcore.abc.inverse_jacobian import InverseJacobian
 from deqcore.types import Array
 
@@ -13,9 +11,9 @@ def transposed(estimate: InverseJacobian) -> InverseJacobian:
     return estimate.inner if isinstance(estimate, _Transposed) else _Transposed(estimate)
 
 
-@dataclass(frozen=True)
 class _Transposed(InverseJacobian):
-    inner: InverseJacobian
+    def __init__(self, inner: InverseJacobian) -> None:
+        self.inner = inner
 
     def apply(self, v: Array) -> Array:
         return self.inner.apply_transpose(v)

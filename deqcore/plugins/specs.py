@@ -47,7 +47,6 @@ class Spec:
             raise PluginError(f"{type(self).__name__}: summary must be a string (got {self.summary!r}).")
 
 
-@dataclass(frozen=True)
 class SolverSpec(Spec):
     """A solver: the target is a frozen dataclass, subclass of `deqcore.Solver`.
 
@@ -64,7 +63,6 @@ class SolverSpec(Spec):
     kind: ClassVar[Kind] = "solver"
 
 
-@dataclass(frozen=True)
 class StrategySpec(Spec):
     """A backward strategy: a frozen dataclass, subclass of `deqcore.Strategy` or `deqcore.StepStrategy`.
 
@@ -133,7 +131,6 @@ class BackendSpec(Spec):
             )
 
 
-@dataclass(frozen=True)
 class SinkSpec(Spec):
     """A sink of the monitor: the target is a dataclass of its options, subclass of `deqcore.monitor.Sink`.
 
@@ -200,7 +197,6 @@ class DataSpec(Spec):
             raise PluginError(f"DataSpec({self.name!r}): gives must be one of {INPUTS} (got {self.gives!r}).")
 
 
-@dataclass(frozen=True)
 class ModelSpec(Spec):
     """A model for studies: the target is a subclass of `deqcore.study.models.Model`.
 
@@ -217,7 +213,6 @@ class ModelSpec(Spec):
     kind: ClassVar[Kind] = "model"
 
 
-@dataclass(frozen=True)
 class CommandSpec(Spec):
     """A subcommand of `deqcore`: the target is a typer app or a function with typer annotations.
 

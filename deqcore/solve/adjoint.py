@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,13 +16,14 @@ from deqcore.abc.scaling import divide_rows, multiply_rows, row_scale
 from deqcore.abc.solver import Solver
 from deqcore.abc.stateful import StatefulStrategy, StrategyState
 from deqcore.errors import PluginError
-from deqcore.linear.grouped import Groups
-from deqcore.linear.transposed import transposed
 from deqcore.solve.adjoint_tally import Pass
 from deqcore.solve.failures import Watch
 from deqcore.solve.traced_failures import TracedWatch
 from deqcore.solve.verification import failing, replaced
 from deqcore.types import AdjointReport, Array, Map, PassInputs, Reached, SolveResult
+
+if TYPE_CHECKING:
+    from deqcore.linear.grouped import Groups
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,16 @@ class Adjoint(AdjointSolver):
         """See `AdjointSolver`; `state` is the forward solver's, with its estimate inside."""
         if self.units == 1:
             return self._solve_samples(vjp, g, state, turn, inputs)
-        groups = Groups(self.backend, self.units)
+        groups = self._groups()
         inputs = None if inputs is None else groups.inputs(inputs)
         u, report = self._solve_samples(groups.joined(vjp), groups.join(g), state, turn, inputs)
         return groups.split(u), groups.spread(report)
+
+    def _groups(self) -> Groups:
+        """Return the samples, each of which is `units` rows."""
+        from deqcore.linear.grouped import Groups
+
+        return Groups(self.backend, self.units)
 
     def _solve_samples(
         self, vjp: Map, g: Array, state: object, turn: Array | None, inputs: PassInputs | None
@@ -85,7 +92,7 @@ class Adjoint(AdjointSolver):
         """See `AdjointSolver`."""
         if self.units == 1:
             return self._advance_samples(vjp, g, state, turn, inputs)
-        groups = Groups(self.backend, self.units)
+        groups = self._groups()
         result = self._advance_samples(groups.joined(vjp), groups.join(g), state, turn, groups.inputs(inputs))
         return groups.split(result[0]), groups.spread(result[1]), result[2]
 
@@ -139,8 +146,12 @@ class Adjoint(AdjointSolver):
         make = self.solver.secant_estimate if secants else self.solver.inverse_jacobian
         estimate = make(self.backend, state)
         if self.units > 1 and estimate is not None:
-            estimate = Groups(self.backend, self.units).estimate(estimate)
-        return transposed(estimate) if self.turned and estimate is not None else estimate
+            estimate = self._groups().estimate(estimate)
+        if not self.turned or estimate is None:
+            return estimate
+        from deqcore.linear.transposed import transposed
+
+        return transposed(estimate)
 
     def _call_strategy(self, vjp: Map, g: Array, estimate: InverseJacobian | None) -> tuple[object, Array]:
         """Return the result of `solve_adjoint`, called with `g` in units near its norm, with u in units of 1."""

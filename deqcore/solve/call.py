@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from deqcore.errors import ProblemError, described
@@ -41,8 +40,9 @@ def _masked(plan: Plan, f: Callable[..., Tree], z0: Tree, mask: Any) -> tuple[Pl
     """Return the plan and f for the units of the mask."""
     if mask is None:
         return plan, f
+
     units = checked(plan.space, mask)
-    return replace(plan, mask=units), masked(plan.backend, f, z0, units)
+    return plan._replace(mask=units), masked(plan.backend, f, z0, units)
 
 
 def solve(

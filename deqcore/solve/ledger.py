@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from types import CodeType
 from typing import Any, Final
 from weakref import WeakKeyDictionary, ref
@@ -12,7 +11,6 @@ from weakref import WeakKeyDictionary, ref
 MOST: Final = 256  # shapes of one function that are counted apart
 
 
-@dataclass
 class Ledger:
     """What is known of one layer or function.
 

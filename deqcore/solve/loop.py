@@ -18,20 +18,21 @@ stall detection with separate statuses), per sample.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.solver import Solver
 from deqcore.linear.norms import residual_norms
-from deqcore.solve.compaction import RestrictRows, solve_compacted
-from deqcore.solve.coupled import CoupledLoop
 from deqcore.solve.device import DeviceLoop
 from deqcore.solve.host import HostLoop, on_host, read, written
 from deqcore.solve.step import copy_state, finalized, merge
 from deqcore.solve.termination import goal, greater, judged
 from deqcore.types import Array, Limits, LoopState, Map, SolveResult, Status, StoppingCriteria
+
+if TYPE_CHECKING:
+    from deqcore.solve.compaction import RestrictRows
 
 ROUNDING = 8.0  # two evaluations of f at the same z differ by at most this many units of rounding
 
@@ -91,6 +92,8 @@ def _advanced(
 ) -> LoopState:
     """Return the loop state after all samples have stopped or spent their budget."""
     if control.units > 1:
+        from deqcore.solve.coupled import CoupledLoop
+
         coupled = CoupledLoop(backend, solver, f, limits, control.units)
         start = coupled.begun(written(backend, start))
         return coupled.ended(start, coupled.run(start, control.max_steps, control.check_every))
@@ -106,6 +109,8 @@ def _advanced(
     if narrow is None:
         end = loop.run(start, control.max_steps, control.check_every)
     else:
+        from deqcore.solve.compaction import solve_compacted
+
         start = written(backend, start)
         end = solve_compacted(backend, advance, f, narrow, start, int(control.max_steps))
     return loop.ended(start, end)

@@ -9,8 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from deqcore.abc.backend import Backend
 from deqcore.config import Config
@@ -18,8 +17,7 @@ from deqcore.solution import Solution
 from deqcore.types import Tree
 
 
-@dataclass(frozen=True)
-class Solve:
+class Solve(NamedTuple):
     """One solve, as an observer receives it.
 
     Attributes:

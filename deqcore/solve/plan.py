@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.backward import StepStrategy, Strategy
@@ -15,11 +14,9 @@ from deqcore.errors import (
     ConfigError,
     InitialIterateError,
 )
-from deqcore.linear.grouped import Groups
 from deqcore.linear.norms import unmeasured
 from deqcore.solution import Solution, SolveState
 from deqcore.solve.adjoint import Adjoint, Steps, vjp_in_units
-from deqcore.solve.compaction import RestrictRows
 from deqcore.solve.failures import Watch
 from deqcore.solve.flatten import FlatFunction, RavelSpec
 from deqcore.solve.ledger import Account
@@ -39,9 +36,11 @@ from deqcore.types import (
     StoppingCriteria,
 )
 
+if TYPE_CHECKING:
+    from deqcore.solve.compaction import RestrictRows
 
-@dataclass(frozen=True)
-class Plan:
+
+class Plan(NamedTuple):
     """One call, resolved: the layers below read neither settings nor registries."""
 
     forward: Forward
@@ -170,6 +169,8 @@ class Plan:
 
     def coupled_pair(self, f: FlatFunction, args: tuple[Any, ...], z: Array) -> tuple[int, int] | None:
         """Look for two samples, or units that may not be coupled, of which one changes when the other does."""
+        from deqcore.linear.grouped import Groups
+
         backend = self.backend
         groups = Groups(backend, self.control.units)
         at = lambda z: backend.detach(backend.autodiff.forward_only(f, z, args, evaluate_once).z)  # noqa: E731

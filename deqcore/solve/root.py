@@ -90,7 +90,7 @@ class _Equations:
         """Return the fixed-point problem with these factors `(batch,)`; a sample with the factor 0 stays."""
         control = _criteria(self.plan, factor)
         control = control if max_steps is None else control._replace(max_steps=max_steps)
-        plan, f = replace(self.plan, control=control), _as_fixed_point(self.plan, self.g, factor)
+        plan, f = self.plan._replace(control=control), _as_fixed_point(self.plan, self.g, factor)
         return _Run(plan, factor, f, plan.space.wrap(f))
 
     def probe(self, z: Array, along: Array | None = None) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""Run under torchrun with two processes: gradients with DDP and FSDP2 against those of one process on all samples.
+"""Run by `launch.py` on two processes: gradients with DDP and FSDP2 against those of one process on all samples.
 
     ddp_worker.py JOB ...           some of the jobs below, one after the other
         gradients                   also against the truth in float64; counts collectives
@@ -13,8 +13,6 @@ Prints one JSON object from rank 0, with the report of each job under its name.
 
 import copy
 import json
-import os
-import sys
 
 import torch
 import torch.distributed as dist
@@ -277,9 +275,3 @@ def main(*jobs):
     if dist.get_rank() == 0:
         print(json.dumps(report), flush=True)
     dist.destroy_process_group()
-    # Gloo's threads may still hold work with tensors of Python; the interpreter's end then aborts the process.
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

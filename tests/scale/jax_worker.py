@@ -141,4 +141,4 @@ def state():
 
 
 if __name__ == "__main__":
-    print(json.dumps(state() if sys.argv[1] == "state" else batch(sys.argv[1])))
+    print(json.dumps({job: state() if job == "state" else batch(job) for job in sys.argv[1:]}))

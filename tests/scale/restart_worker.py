@@ -1,4 +1,4 @@
-"""Run under torchrun with two processes: train a sharded model, lose a rank, start again from the last checkpoint.
+"""Run by `launch.py` on two processes: train a sharded model, lose a rank, start again from the last checkpoint.
 
     restart_worker.py killed FOLDER    rank 1 is killed after its third step
     restart_worker.py resumed FOLDER   continues, and trains once more without interruption to compare
@@ -9,7 +9,6 @@ The batches are uneven: the ranks have different numbers of samples, and in the 
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import torch
@@ -62,6 +61,7 @@ def whole(model):
 
 
 def main(job, folder):
+    folder = Path(folder)
     dist.init_process_group("gloo")
     model, optimizer = fresh()
 
@@ -94,9 +94,3 @@ def main(job, folder):
     if dist.get_rank() == 0:
         print(json.dumps(report), flush=True)
     dist.destroy_process_group()
-    # Gloo's threads may still hold work with tensors of Python; the interpreter's end then aborts the process.
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""Two processes under torchrun: the gradients of one, no collective in a solve, and no deadlock when one fails."""
+"""Two ranks under torchrun's agent: the gradients of one, no collective in a solve, no deadlock when one fails."""
 
 import json
 import os
@@ -17,16 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def torchrun(*job):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(WORKER),
-        *job,
-    ]
+    command = [sys.executable, str(WORKER.with_name("launch.py")), str(WORKER), *job]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=600, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
@@ -34,7 +25,7 @@ def torchrun(*job):
 
 @pytest.fixture(scope="module")
 def reports():
-    """The reports of all jobs that end well, from one launch: each launch costs three imports of PyTorch."""
+    """The reports of all jobs that end well, from one launch: each launch costs an import of PyTorch."""
     done = torchrun("gradients", "compiled", "uneven", "adaptive", "looped")
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))

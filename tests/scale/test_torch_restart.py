@@ -21,9 +21,8 @@ pytestmark = pytest.mark.slow
 
 
 def torchrun(job, folder):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
-        [*launcher, str(WORKER), job, str(folder)],
+        [sys.executable, str(WORKER.with_name("launch.py")), str(WORKER), job, str(folder)],
         capture_output=True,
         text=True,
         timeout=300,
