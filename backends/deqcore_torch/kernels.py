@@ -75,6 +75,11 @@ class TorchKernels(FusedKernels):
         norms: Tensor | None = None if native is None else native.reach(estimate, space, rows)
         return norms
 
+    def low_rank(self, basis: History, left: History, right: History, v: Tensor) -> Tensor | None:
+        native = native_steps(self.backend.host, v)
+        result: Tensor | None = None if native is None else native.low_rank(basis, left, right, v)
+        return result
+
     def least_squares(self, space: Krylov, inverse: Tensor | bool) -> tuple[Tensor, ...] | None:
         steps = native_steps(self.backend.host, space.v)
         fields: tuple[Tensor, ...] | None = None if steps is None else steps.least_squares(space, inverse)

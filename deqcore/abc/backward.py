@@ -203,7 +203,7 @@ def report(
         ([4, 4], ['CONVERGED', 'NONFINITE'])
     """
     xp = backend.xp
-    zeros = backend.norm(g)
+    zeros = backend.norm(g[:, :0])
     ints = xp.zeros_like(zeros, dtype=xp.int32)
     unknown = xp.full_like(zeros, float("nan"))
     if status is None:

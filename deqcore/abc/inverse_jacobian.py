@@ -33,6 +33,10 @@ class InverseJacobian(ABC):
         """Return Hᵀ v with as little regularisation as rounding allows, to judge errors with."""
         return self.apply_transpose(v)
 
+    def solve_transpose(self, g: Array) -> Array:
+        """Return −Hᵀ g for `g` `(batch, n)`: the estimate's solution of u = g + Jᵀu."""
+        return -self.apply_transpose(g)
+
     def known(self) -> Array | None:
         """Return which samples have secant pairs `(batch,)` of bool; None if all may have some.
 

@@ -132,6 +132,20 @@ class FusedKernels:
         """
         return None
 
+    def low_rank(self, basis: History, left: History, right: History, v: Array) -> Array | None:
+        """Return v + Q Σ_j r_j (l_jᵀ Qᵀ v), which reads each sample's vectors twice in a row.
+
+        Args:
+            basis: Q, vectors of n numbers.
+            left: the l_j, coefficients with respect to Q.
+            right: the r_j, in step with `left`.
+            v: `(batch, n)`.
+
+        Returns:
+            `(batch, n)`.
+        """
+        return None
+
     def least_squares(self, space: Krylov, inverse: Array | bool) -> tuple[Array, ...] | None:
         """Solve the small system of a Krylov space.
 

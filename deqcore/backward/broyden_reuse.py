@@ -115,7 +115,7 @@ class BroydenReuse(Strategy):
         return self._refined(backend, vjp, g, estimate, float(self.max_relative_error))
 
     def _plain(self, backend: Backend, vjp: Map, g: Array, estimate: InverseJacobian) -> tuple[Array, AdjointReport]:
-        u = -estimate.apply_transpose(g)
+        u = estimate.solve_transpose(g)
         known = estimate.known()
         fallback = None if known is None else ~known  # without pairs u is g, the first step from zero
         if not self.certify:

@@ -12,6 +12,7 @@ from typing import Final
 from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
 from deqcore.abc.inverse_jacobian import InverseJacobian
+from deqcore.abc.kernels import FusedKernels
 from deqcore.types import Array
 
 
@@ -118,14 +119,23 @@ class BroydenInverse(InverseJacobian):
     basis: History
     left: History
     right: History
+    kernels: FusedKernels | None = None
 
     def apply(self, v: Array) -> Array:
         """H v = −v − Q Σ_j l_j (r_jᵀ Qᵀ v)."""
-        return -self.basis.add_combination(v, self.left.combine(self.right.dot(self.basis.dot(v))))
+        return -self._corrected(v, self.right, self.left)
 
     def apply_transpose(self, v: Array) -> Array:
         """Hᵀ v = −v − Q Σ_j r_j (l_jᵀ Qᵀ v)."""
-        return -self.basis.add_combination(v, self.right.combine(self.left.dot(self.basis.dot(v))))
+        return -self.solve_transpose(v)
+
+    def solve_transpose(self, g: Array) -> Array:
+        """−Hᵀ g = g + Q Σ_j r_j (l_jᵀ Qᵀ g)."""
+        return self._corrected(g, self.left, self.right)
+
+    def _corrected(self, v: Array, left: History, right: History) -> Array:
+        fused = None if self.kernels is None else self.kernels.low_rank(self.basis, left, right, v)
+        return self.basis.add_combination(v, right.combine(left.dot(self.basis.dot(v)))) if fused is None else fused
 
 
 @dataclass(frozen=True)

@@ -305,7 +305,7 @@ class Broyden(Solver):
 
     def inverse_jacobian(self, backend: Backend, state: BroydenState) -> InverseJacobian:
         """Return H after the last secant pair."""
-        return BroydenInverse(state.basis, state.left, state.right)
+        return BroydenInverse(state.basis, state.left, state.right, backend.kernels)
 
     def secant_estimate(self, backend: Backend, state: BroydenState) -> InverseJacobian:
         """Return the type-I multi-secant estimate of all pairs in the history."""

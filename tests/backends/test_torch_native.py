@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -95,6 +96,23 @@ def test_the_estimates_are_those_of_the_solver(without, solver):
         return torch.stack(found)
 
     assert torch.allclose(applied(), without(applied), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "rtol"), [(30, 0.0), (30, 1e-2), (5000, 0.0)])
+def test_products_of_low_rank_are_those_of_the_histories(dtype, n, rtol):
+    f, z = problem(dtype, 5, n)  # with rtol samples stop one after the other, and see fewer slots
+    v = torch.randn(5, n, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    backend, solver = TorchBackend(), Broyden()
+    state = solve(f, z, solver, rtol=rtol, max_steps=6).carry.state
+    assert backend.kernels.low_rank(state.basis, state.left, state.right, v) is not None
+    h = solver.inverse_jacobian(backend, state)
+    for name in ("apply", "apply_transpose", "solve_transpose"):
+        found, expected = (getattr(each, name)(v) for each in (h, replace(h, kernels=None)))
+        assert float((found - expected).norm() / expected.norm()) < TOLERANCE[dtype]
+    one = torch.tensor([3])
+    alone = replace(h, basis=h.basis.take(one), left=h.left.take(one), right=h.right.take(one))
+    assert torch.equal(alone.solve_transpose(v[3:4])[0], h.solve_transpose(v)[3])
 
 
 def test_a_native_step_is_taken(monkeypatch):

@@ -372,6 +372,11 @@ def reach(*parts: Any) -> None:
     return
 
 
+def low_rank(*parts: Any) -> None:
+    """Return None: products with a history take one pass each here."""
+    return
+
+
 def secants(*parts: Any) -> None:
     """Return None: the core's own estimate does not wait for the device."""
     return

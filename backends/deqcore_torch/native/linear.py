@@ -16,7 +16,7 @@ from deqcore.linear.lowrank import SHARP, MultisecantInverse
 from deqcore.types import Map
 from deqcore_torch import functorch
 from deqcore_torch.history import TorchHistory
-from deqcore_torch.native import krylov
+from deqcore_torch.native import krylov, lowrank
 from deqcore_torch.native.pool import run
 from deqcore_torch.native.views import VECTORS, everywhere, holds, masks, plain, room, view
 
@@ -197,6 +197,24 @@ def secants(basis: Any, gram: Any, pairs: Any, whole: Callable[[], MultisecantIn
     if not small or not kept or basis.used() != pairs.used() or basis.store.like.device.type != "cpu":
         return None
     return Secants(basis, gram, pairs, whole)
+
+
+def low_rank(basis: Any, left: Any, right: Any, v: Tensor) -> Tensor | None:
+    """Return the result of `FusedKernels.low_rank`, or None if these histories have no native version."""
+    if not holds(basis, v) or not basis.written:
+        return None
+    small = [history for history in (left, right) if type(history) is TorchHistory]
+    if not all(h.store.chunk == h.history_size and h.written == basis.written for h in small) or len(small) < 2:
+        return None
+    out = room(v)
+    run(
+        lowrank.corrected,
+        v.shape[0],
+        v.numel() * (basis.used() + 2),
+        *(view(v), basis.addresses(), basis.store.chunk, basis.used(), masks(basis, basis)[1]),
+        *(view(left.store.chunks[0]), view(right.store.chunks[0]), view(out)),
+    )
+    return out
 
 
 def reach(estimate: InverseJacobian, space: Krylov, rows: Tensor) -> Tensor | None:

@@ -64,10 +64,17 @@ class EstimateTests(Conformance):
         bad = v.copy()
         bad[1] = np.nan
         for h, *_ in self._estimates(kit, solver, affine(norm=0.9)):
-            for name in ("apply", "apply_transpose", "apply_transpose_unregularised"):
+            for name in ("apply", "apply_transpose", "apply_transpose_unregularised", "solve_transpose"):
                 for operator in (h, h.prepared()):
                     good, beside = (kit.numpy(getattr(operator, name)(kit.array(each)))[[0, 2]] for each in (v, bad))
                     assert np.array_equal(good, beside), f"{name}: a sample of H depends on a bad vector of another"
+
+    def test_the_solution_is_minus_the_transpose(self, kit: Kit, solver: Solver) -> None:
+        """`solve_transpose` gives −Hᵀg, which reuse takes for the solution of the adjoint equation."""
+        g = kit.array(np.random.default_rng(9).standard_normal((3, 6)))
+        for h, *_ in self._estimates(kit, solver, affine(norm=0.9)):
+            found, expected = kit.numpy(h.solve_transpose(g)), -kit.numpy(h.apply_transpose(g))
+            close(found, expected, 1e-12 if kit.eps < 1e-10 else 1e-5, "solve_transpose, minus Hᵀg")
 
     def test_a_prepared_estimate_is_the_estimate(self, kit: Kit, solver: Solver) -> None:
         """Compare H and Hᵀ after `prepared`, which may form a matrix for many products, with those before."""
