@@ -54,8 +54,8 @@ class ExactIFT(Strategy):
         max_steps: steps at most, each of which is a vjp, those of the direct solve included; a solver other than GMRES
             takes one vjp more to begin. "auto" gives GMRES n + 8 and at most 200 of them, and the direct solve its
             n + 1 more. "auto" also lets samples that contract well take at most 60 plain steps u ← g + Jᵀu: in traced
-            code with 128 unknowns or more before GMRES (`deqcore.linear.opening`), and on the host with 512 or more
-            after the first steps of GMRES (`deqcore.linear.plain_steps`).
+            code with 128 unknowns or more before GMRES (`deqcore.linear.opening`), and in PyTorch on the CPU with 512
+            or more after the first steps of GMRES (`deqcore.linear.plain_steps`).
         start: "zero" (GMRES), "cotangent" (u = g) or "reuse" (u = −Hᵀg, needs a solver with an estimate);
             "auto" is zero for GMRES and cotangent otherwise.
         direct: largest number of unknowns n for which a sample that GMRES cannot solve is solved directly; 0 for none.
@@ -171,9 +171,10 @@ class ExactIFT(Strategy):
             return None
         if backend.capabilities.nested_loops:
             return opened
+        if backend.kernels is None or g.shape[1] < MANY:  # without kernels, a sample that returns waits for others
+            return None
         norm = backend.norm(g[:, :1])
-        on_host = backend.host.numpy_view(norm) is not None and norm.dtype == g.dtype
-        return plain_or_gmres if on_host and g.shape[1] >= MANY else None
+        return plain_or_gmres if backend.host.numpy_view(norm) is not None and norm.dtype == g.dtype else None
 
     def _to_error(
         self, backend: Backend, vjp: Map, g: Array, estimate: InverseJacobian | None, target: float

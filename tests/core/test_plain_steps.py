@@ -120,6 +120,7 @@ def test_samples_with_plain_steps_ride_along(be):
 
 
 def test_a_sample_that_returns_joins_the_space_of_the_others(steps):
+    pytest.importorskip("torch")
     be = deqcore.get_backend(backend="torch")
     j, b, _ = systems(("hidden", "ring"))
     calls = []
@@ -140,6 +141,7 @@ def test_a_sample_does_not_depend_on_its_batch_mates(be):
 
 
 def test_fused_kernels_do_what_operations_do(monkeypatch):
+    pytest.importorskip("torch")
     be = deqcore.get_backend(backend="torch")
     j, b, _ = systems()
     fused = solved(be, j, b)
@@ -214,7 +216,9 @@ def test_no_right_hand_side_costs_nothing(be):
     (MANY, {"options": {"opening": False}}, "float32", False),
     (MANY, {}, "float16", False),
 ])  # fmt: skip
-def test_the_strategy_takes_plain_steps_with_enough_unknowns_and_no_budget(be, steps, n, options, dtype, opened):
+def test_the_strategy_takes_plain_steps_with_enough_unknowns_and_no_budget(steps, n, options, dtype, opened):
+    pytest.importorskip("torch")
+    be = deqcore.get_backend(backend="torch")
     g = be.asarray(np.random.default_rng(0).standard_normal((2, n)), dtype=dtype)
     _, report = ExactIFT(**options).solve_adjoint(be, lambda u: 0.5 * be.xp.roll(u, 1, axis=1), g, None)
     assert (be.to_numpy(report.status) == Status.CONVERGED).all()
