@@ -60,15 +60,31 @@ class TorchKernels(FusedKernels):
         return estimate
 
     def grow(
-        self, space: Krylov, image: Map, goal: Tensor, steps: int, *, twice: bool, shifted: bool, together: bool
+        self,
+        space: Krylov,
+        image: Map,
+        goal: Tensor,
+        steps: int,
+        *,
+        twice: bool,
+        shifted: bool,
+        together: bool,
+        joining: Callable[[], tuple[Any, Tensor, Any] | None] | None = None,
     ) -> Krylov | None:
         native = native_steps(self.backend.host, space.v)
         larger: Krylov | None = (
             None
             if native is None
-            else native.grow(space, image, goal, steps, twice=twice, shifted=shifted, together=together)
+            else native.grow(
+                space, image, goal, steps, twice=twice, shifted=shifted, together=together, joining=joining
+            )
         )
         return larger
+
+    def plain_step(self, x: Tensor, r: Tensor, image: Tensor, norm: Any, rows: Any) -> Any | None:
+        image = image.contiguous()  # products of f come in any layout
+        native = native_steps(self.backend.host, image)
+        return None if native is None else native.plain_step(x, r, image, norm, rows)
 
     def reach(self, estimate: InverseJacobian, space: Krylov, rows: Tensor) -> Tensor | None:
         native = native_steps(self.backend.host, space.v)

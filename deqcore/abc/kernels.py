@@ -85,7 +85,16 @@ class FusedKernels:
         return None
 
     def grow(
-        self, space: Krylov, image: Map, goal: Array, steps: int, *, twice: bool, shifted: bool, together: bool
+        self,
+        space: Krylov,
+        image: Map,
+        goal: Array,
+        steps: int,
+        *,
+        twice: bool,
+        shifted: bool,
+        together: bool,
+        joining: Callable[[], tuple[Any, Array, Any] | None] | None = None,
     ) -> Krylov | None:
         """Do all of `deqcore.linear.gmres.KrylovSpace.grow`, where each of its decisions is known on the host.
 
@@ -97,9 +106,27 @@ class FusedKernels:
             twice: project again where products cancel, see `deqcore.linear.norms.orthogonalize`.
             shifted: A = I − J, and `image` is the product with J.
             together: end as soon as one of the samples that were asked to grow is done.
+            joining: asked before each product for samples that begin their space again: a mask `(batch,)`, a NumPy
+                array, vectors `(batch, n)` and their norms `(batch,)`, a NumPy array; or None. What these samples had
+                in `space` is lost. A kernel need not ask.
 
         Returns:
             The space with more dimensions.
+        """
+        return None
+
+    def plain_step(self, x: Array, r: Array, image: Array, norm: Any, rows: Any) -> Any | None:
+        """Add r to x in place, in the rows of the mask `rows` whose `image` is shorter than `norm`.
+
+        Args:
+            x: `(batch, n)`, which the caller owns.
+            r: `(batch, n)`.
+            image: `(batch, n)`.
+            norm: `(batch,)`, a NumPy array in the wide dtype.
+            rows: `(batch,)`, a NumPy array of bool.
+
+        Returns:
+            ‖image‖ of these rows and `norm` of the others, a NumPy array.
         """
         return None
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar, Final, Literal
 
 from deqcore.abc.backend import Backend
@@ -15,6 +16,7 @@ from deqcore.linear.direct import Direct, solve_direct
 from deqcore.linear.gmres import LinearSolution, gmres
 from deqcore.linear.norms import default_rtol
 from deqcore.linear.opening import UNKNOWNS, opened
+from deqcore.linear.plain_steps import MANY, plain_or_gmres
 from deqcore.solve.loop import iterate
 from deqcore.types import AdjointReport, Array, Map, Status, StoppingCriteria
 
@@ -51,8 +53,9 @@ class ExactIFT(Strategy):
             "witness", it judges the error, which saves vjps; "precondition", it also preconditions GMRES.
         max_steps: steps at most, each of which is a vjp, those of the direct solve included; a solver other than GMRES
             takes one vjp more to begin. "auto" gives GMRES n + 8 and at most 200 of them, and the direct solve its
-            n + 1 more. In traced code with 128 unknowns or more, "auto" also lets GMRES open with at most 60 plain
-            steps u ← g + Jᵀu, for samples that contract well (`deqcore.linear.opening`).
+            n + 1 more. "auto" also lets samples that contract well take at most 60 plain steps u ← g + Jᵀu: in traced
+            code with 128 unknowns or more before GMRES (`deqcore.linear.opening`), and in PyTorch on the CPU with 512
+            or more after the first steps of GMRES (`deqcore.linear.plain_steps`).
         start: "zero" (GMRES), "cotangent" (u = g) or "reuse" (u = −Hᵀg, needs a solver with an estimate);
             "auto" is zero for GMRES and cotangent otherwise.
         direct: largest number of unknowns n for which a sample that GMRES cannot solve is solved directly; 0 for none.
@@ -150,12 +153,10 @@ class ExactIFT(Strategy):
     ) -> tuple[Array, AdjointReport]:
         """Solve by GMRES, and directly where GMRES fails."""
         steps, twice = self._steps(g.shape[1]), bool(self.options.get("reorthogonalize", True))
-        if u0 is None and self._opens(backend, g):
-            found = opened(backend, vjp, g, rtol=rtol, max_steps=steps, reorthogonalize=twice, restart=SPACE)
-        else:
-            found = gmres(
-                backend, vjp, g, u0, rtol=rtol, max_steps=steps, reorthogonalize=twice, restart=SPACE, shifted=True
-            )
+        solve = self._opening(backend, g) if u0 is None else None
+        if solve is None:
+            solve = partial(gmres, x0=u0, shifted=True)
+        found = solve(backend, vjp, g, rtol=rtol, max_steps=steps, reorthogonalize=twice, restart=SPACE)
         ended = backend.xp.where(found.spent, int(Status.MAX_STEPS), int(Status.STALLED))
         size = backend.norm(g)
         u, residual, vjps = self._direct(backend, vjp, g, size, found)
@@ -163,10 +164,17 @@ class ExactIFT(Strategy):
         status = backend.xp.where(converged, int(Status.CONVERGED), ended)
         return u, _reported(backend, g, size, residual, vjps, status)
 
-    def _opens(self, backend: Backend, g: Array) -> bool:
-        """Return whether plain steps come first. With a budget of their own, all vjps are for GMRES."""
+    def _opening(self, backend: Backend, g: Array) -> Callable[..., LinearSolution] | None:
+        """Return the solve that takes plain steps too. With a budget of their own, all vjps are for GMRES."""
         wanted = self.max_steps == "auto" and bool(self.options.get("opening", True))
-        return wanted and backend.capabilities.nested_loops and g.shape[1] >= UNKNOWNS
+        if not wanted or g.shape[1] < UNKNOWNS:
+            return None
+        if backend.capabilities.nested_loops:
+            return opened
+        if backend.kernels is None or g.shape[1] < MANY:  # without kernels, a sample that returns waits for others
+            return None
+        norm = backend.norm(g[:, :1])
+        return plain_or_gmres if backend.host.numpy_view(norm) is not None and norm.dtype == g.dtype else None
 
     def _to_error(
         self, backend: Backend, vjp: Map, g: Array, estimate: InverseJacobian | None, target: float

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.kernels import Krylov
@@ -105,10 +106,10 @@ def gmres(
         x, residual, products = _restarted(space, x0, r, goal, max_steps, restart)
     else:
         k = space.grow(space.begin(r, max_steps), goal, max_steps)
-        x, residual = _ended(space, k, x0)
+        x, residual = ended(space, k, x0)
         products = k.steps
     return LinearSolution(
-        x=_visible(backend, x, size),
+        x=visible(backend, x, size),
         residual=residual,
         products=products if x0 is None or r0 is not None else products + 1,
         converged=(residual <= goal) & backend.xp.isfinite(residual),
@@ -116,7 +117,7 @@ def gmres(
     )
 
 
-def _visible(backend: Backend, x: Array, size: Array) -> Array:
+def visible(backend: Backend, x: Array, size: Array) -> Array:
     """`x` with NaN where ‖b‖ is not finite: such a vector is in no basis, and zero would look like a solution."""
     finite = backend.xp.isfinite(size)
     if backend.known_all(finite):
@@ -153,7 +154,7 @@ def _restarted(
 
     def cycle(c: _Cycle) -> _Cycle:
         k = space.grow(c.k, goal, xp.where(c.left < restart, c.left, restart + 0 * c.left))
-        x, residual = _ended(space, k, c.x)
+        x, residual = ended(space, k, c.x)
         going = k.can_grow & (k.residual > goal) & (k.residual <= PROGRESS * c.residual)
         left = c.left - k.dimension
         again = going & (left > 0)
@@ -168,7 +169,7 @@ def _restarted(
     return end.x, end.residual, end.products
 
 
-def _ended(space: KrylovSpace, k: Krylov, x0: Array | None) -> tuple[Array, Array]:
+def ended(space: KrylovSpace, k: Krylov, x0: Array | None) -> tuple[Array, Array]:
     """Return the solution from `x0` and the size of its residual."""
     found = space.least_squares(k, inverse=False)
     update = space.solution(k, found)
@@ -222,17 +223,25 @@ class KrylovSpace:
             dimension=xp.astype(xp.sum(0 * null_vector[:0]), xp.int32),
         )
 
-    def grow(self, k: Krylov, goal: Array, steps: int | Array, *, together: bool = False) -> Krylov:
+    def grow(
+        self,
+        k: Krylov,
+        goal: Array,
+        steps: int | Array,
+        *,
+        together: bool = False,
+        joining: Callable[[], tuple[Any, Array, Any] | None] | None = None,
+    ) -> Krylov:
         """Add dimensions until each residual is at most `goal` `(batch,)`, `steps` at most.
 
         With `together` all samples pause as soon as one of them is there. Slots are shared: a sample that paused
-        alone while others grew on would find none left when it continues.
+        alone while others grew on would find none left when it continues. `joining` is for fused kernels alone.
         """
         xp, kernels = self.backend.xp, self.backend.kernels
         fused = None
         if kernels is not None and self.check_every == "auto" and self.backend.host.numpy_view(k.residual) is not None:
             options = {"twice": self.reorthogonalize, "shifted": self._shifted(), "together": together}
-            fused = kernels.grow(k, self._image, goal, int(steps), **options)
+            fused = kernels.grow(k, self._image, goal, int(steps), joining=joining, **options)
         if fused is not None:
             return fused
         asked = k.can_grow & (k.residual > goal)
@@ -312,7 +321,7 @@ class KrylovSpace:
             y, size, *figures = fused
             return LeastSquares(k.start[:, None] * y, k.start * size, *figures)
         y, one = self._coefficients(k), xp.ones_like(k.start)  # for β = 1: β² may leave the range
-        hessenberg, _ = self._hessenberg(k)
+        hessenberg, _ = self.hessenberg(k)
         if hessenberg.shape[2] == 0:
             return LeastSquares(y, 0 * k.start, one, 0 * k.start, one, one)
         column_norm = xp.sqrt(xp.max(xp.sum(hessenberg * hessenberg, axis=1), axis=1))
@@ -331,7 +340,7 @@ class KrylovSpace:
     def inverse_norm(self, k: Krylov) -> Array:
         """1/σ_min(H̄) per sample, the norm of (A M)^-1 as far as the space has seen it: a lower bound of it."""
         backend, xp = self.backend, self.backend.xp
-        hessenberg, missing = self._hessenberg(k)
+        hessenberg, missing = self.hessenberg(k)
         if hessenberg.shape[2] == 0:
             return xp.ones_like(k.start)
         size = xp.sum(xp.sum(hessenberg * hessenberg, axis=2), axis=1)  # fills columns not reached
@@ -346,7 +355,7 @@ class KrylovSpace:
     def _falls(self, k: Krylov) -> tuple[Array, Array]:
         """`latest` and `best` of `LeastSquares`, from the null vector that the space carries anyway."""
         backend, xp = self.backend, self.backend.xp
-        _, missing = self._hessenberg(k)
+        _, missing = self.hessenberg(k)
         used = missing.shape[1]
         upper = xp.triu(xp.ones_like(backend.linalg.eye(k.null_vector, used + 1)))
         nu = k.null_vector[:, : used + 1]
@@ -357,8 +366,8 @@ class KrylovSpace:
         ratio = xp.where(missing, one, xp.sqrt(squares[:, :-1] / squares[:, 1:]))
         return xp.min(xp.where(last, ratio, one), axis=1), xp.min(xp.where(last, one, ratio), axis=1)
 
-    def _hessenberg(self, k: Krylov) -> tuple[Array, Array]:
-        """H̄ `(batch, used + 1, used)` and which of its columns a sample did not reach `(batch, used)`."""
+    def hessenberg(self, k: Krylov) -> tuple[Array, Array]:
+        """Return H̄ `(batch, used + 1, used)` and which of its columns a sample did not reach `(batch, used)`."""
         xp = self.backend.xp
         columns = k.columns.masked(None).vectors()  # (batch, used, 2 (m + 1))
         used = columns.shape[1]
@@ -372,7 +381,7 @@ class KrylovSpace:
         solved there. Columns that a sample did not reach get a unit diagonal, and y = 0.
         """
         backend, xp = self.backend, self.backend.xp
-        hessenberg, missing = self._hessenberg(k)
+        hessenberg, missing = self.hessenberg(k)
         used = hessenberg.shape[2]
         if used == 0:
             return xp.zeros_like(k.null_vector)

@@ -62,7 +62,7 @@ def opened(
     xp = backend.xp
     size = backend.norm(b)
     goal = rtol * backend.to_accum_dtype(size)
-    plain = _plain_steps(backend, product, b, size, goal, _planned(rtol))
+    plain = _plain_steps(backend, product, b, size, goal, planned_steps(rtol))
     met = (plain.norm <= goal) & xp.isfinite(plain.norm)
     rounding = backend.eps(b) * (1 + RATE**2) ** 0.5 * backend.to_accum_dtype(backend.norm(plain.x))
     residual = xp.maximum(plain.norm, rounding)  # of A x, where A r = r − J r
@@ -87,17 +87,14 @@ def opened(
     return solution
 
 
-def _planned(rtol: float) -> tuple[int, int]:
-    """Return the steps in which a sample must be expected to end, in its first steps and later."""
-    early = STEPS if rtol <= 0.0 else max(YOUNG, math.ceil(math.log(rtol) / math.log(RATE)))
-    return min(STEPS, early), min(STEPS, (4 * early + 2) // 3)
+def planned_steps(rtol: float) -> int:
+    """Return the steps in which `RATE` reaches the tolerance, `STEPS` at most."""
+    return STEPS if rtol <= 0.0 else min(STEPS, max(YOUNG, math.ceil(math.log(rtol) / math.log(RATE))))
 
 
-def _plain_steps(
-    backend: Backend, product: Map, b: Array, size: Array, goal: Array, planned: tuple[int, int]
-) -> _Plain:
-    """Take plain steps from zero while they contract."""
-    early, late = planned
+def _plain_steps(backend: Backend, product: Map, b: Array, size: Array, goal: Array, early: int) -> _Plain:
+    """Take plain steps from zero while they contract, so that they end in `early` steps, or in a third more later."""
+    late = min(STEPS, (4 * early + 2) // 3)
     xp, scale = backend.xp, row_scale(backend, size, b)  # squares of small residuals stay in the range
     goal = goal if scale is None else goal / backend.to_accum_dtype(scale)
 

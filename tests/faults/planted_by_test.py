@@ -274,6 +274,14 @@ ENDS = [
         "tests/core/test_opening.py::test_samples_of_all_rates_are_solved_and_their_residual_is_the_true_one[numpy]",
         "assert",
     ),
+    Fault(
+        "a sample that joins a Krylov space and loses its plain steps",
+        "deqcore.linear.plain_steps",
+        "select(given(self.joined), self.x + x, self.x)",
+        "select(given(self.joined), x, self.x)",
+        "tests/core/test_plain_steps.py::test_a_sample_that_returns_joins_the_space_of_the_others",
+        "assert",
+    ),
 ]
 
 FAULTS = [*LOOPED, *SILENT, *ENDS]

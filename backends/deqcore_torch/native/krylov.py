@@ -87,6 +87,17 @@ def arnoldi(
         waiting[b] = going and residual[b] > goal[b]
 
 
+@compiled
+def plain_step(image, r, x, norm, rows, lengths, start, stop):
+    """Write ‖image‖ for the `rows`, and add r to x where it is below `norm`."""
+    one = x.dtype.type(1)
+    for b in range(start, stop):
+        if rows[b]:
+            lengths[b] = _norm(image[b])
+            if lengths[b] < norm[b]:
+                _add(one, r[b], x[b])
+
+
 SWEEPS: Final = 40
 """Steps of inverse iteration at most."""
 

@@ -22,7 +22,15 @@ from deqcore_torch.native.views import VECTORS, everywhere, holds, masks, plain,
 
 
 def grow(
-    space: Krylov, image: Map, goal: Tensor, steps: int, *, twice: bool, shifted: bool, together: bool
+    space: Krylov,
+    image: Map,
+    goal: Tensor,
+    steps: int,
+    *,
+    twice: bool,
+    shifted: bool,
+    together: bool,
+    joining: Callable[[], tuple[Any, Tensor, Any] | None] | None = None,
 ) -> Krylov | None:
     """Return the result of `FusedKernels.grow`, or None if these histories have no native version."""
     basis, columns = space.basis, space.columns
@@ -31,7 +39,11 @@ def grow(
     if steps > columns.history_size - columns.written or steps >= basis.history_size - basis.written + 1:
         return None
     work = _Growing(space, goal)
-    return work.grown(image, steps, twice, shifted, together)
+    return work.grown(image, steps, twice, shifted, together, joining or _none)
+
+
+def _none() -> None:
+    """Return that no sample joins."""
 
 
 class _Growing:
@@ -48,15 +60,19 @@ class _Growing:
         self.can_grow, self.steps = view(space.can_grow).copy(), view(space.steps).copy()
         self.goal = view(goal.to(torch.float64))
         self.waiting = self.can_grow & (self.residual > self.goal)
-        self.v, self.written = space.v, 0
+        self.v, self.start, self.written = space.v, view(space.start).copy(), 0
 
-    def grown(self, image: Map, steps: int, twice: bool, shifted: bool, together: bool) -> Krylov | None:
+    def grown(
+        self, image: Map, steps: int, twice: bool, shifted: bool, together: bool, joining: Callable[[], Any]
+    ) -> Krylov | None:
         """Take steps until no sample waits, or with `together` until one of them no longer does."""
         if not self.columns.store.chunks:
             like = self.space.null_vector.new_empty(self.waiting.shape[0], self.columns.store.width)
             self.columns.reserved(like, zeroed=False)
         asked = left = np.count_nonzero(self.waiting)
         while self.written < steps and left and not (together and left < asked):
+            if (joined := joining()) is not None:
+                self._join(*joined)
             w = image(self.v).contiguous()  # products of f come in any layout
             if not self.written and (w.dtype is not self.v.dtype or functorch.is_tracked(w) or not plain(w)):
                 return None
@@ -79,6 +95,19 @@ class _Growing:
         self.v, self.written = following, self.written + 1
         self.basis, self.columns = basis.appended(), columns.appended()
 
+    def _join(self, rows: Any, r: Tensor, norm: Any) -> None:
+        """Begin the spaces of the rows again with their vectors in r: in slot 0, and as the latest vector."""
+        own = rows.nonzero()[0]
+        chosen, norm = torch.from_numpy(own), norm[own]
+        v = r.index_select(0, chosen) / torch.from_numpy(norm[:, None]).to(r.dtype)
+        self.basis.store.chunks[0][0].index_copy_(0, chosen, v)
+        self.v.index_copy_(0, chosen, v)
+        self.columns.store.chunks[0][: self.columns.written].index_fill_(1, chosen, 0.0)
+        self.seen[own], self.columns_seen[own], self.null_vector[own] = False, False, 0.0
+        self.seen[own, 0], self.null_vector[own, 0], self.null_norm_sq[own], self.place[own] = True, 1.0, 1.0, 0
+        self.start[own] = self.residual[own] = norm
+        self.can_grow[own] = self.waiting[own] = True
+
     def _space(self) -> Krylov:
         source_slot = np.zeros(self.null_vector.shape)
         source_slot[np.arange(len(self.place)), self.place] = 1.0
@@ -89,7 +118,7 @@ class _Growing:
             source_slot=torch.from_numpy(source_slot),
             null_vector=torch.from_numpy(self.null_vector),
             null_norm_sq=torch.from_numpy(self.null_norm_sq),
-            start=self.space.start,
+            start=torch.from_numpy(self.start),
             residual=torch.from_numpy(self.residual),
             can_grow=torch.from_numpy(self.can_grow),
             steps=torch.from_numpy(self.steps),
@@ -110,6 +139,15 @@ def _history(history: TorchHistory, seen: Any) -> TorchHistory:
     """Return the history with these slots seen."""
     whole = bool(seen[:, : history.used()].all())
     return history.masking(None if whole else torch.from_numpy(seen))
+
+
+def plain_step(x: Tensor, r: Tensor, image: Tensor, norm: Any, rows: Any) -> Any | None:
+    """Return the result of `FusedKernels.plain_step`, or None if x is of another kind than the image."""
+    if not plain(x) or x.dtype is not image.dtype or r.dtype is not image.dtype:
+        return None
+    lengths = norm.copy()
+    run(krylov.plain_step, len(norm), 4 * x.numel(), view(image), view(r), view(x), norm, rows, lengths)
+    return lengths
 
 
 def least_squares(space: Krylov, inverse: Tensor | bool) -> tuple[Tensor, ...] | None:

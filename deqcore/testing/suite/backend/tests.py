@@ -6,7 +6,10 @@ import math
 from typing import Any
 
 import numpy as np
+import pytest
 
+from deqcore.backward.exact_ift import ExactIFT
+from deqcore.linear.plain_steps import MANY
 from deqcore.testing.suite.backend.arrays import ArrayTests
 from deqcore.testing.suite.backend.derivatives import DerivativeTests
 from deqcore.testing.suite.backend.history import HistoryTests
@@ -45,6 +48,26 @@ class BackendTests(ArrayTests, HistoryTests, DerivativeTests, ComplexBackendTest
             assert np.array_equal(one, two), f"{quantity} of a healthy sample depends on its neighbour"
         assert Status(int(kit.numpy(bad.status)[1])) is Status.NONFINITE, (
             "a sample whose f is NaN at the start must end as NONFINITE."
+        )
+
+    def test_the_residual_of_a_linear_solve_of_many_unknowns_is_the_true_one(self, kit: Kit) -> None:
+        """Solve for samples that take plain steps, those of GMRES, and one without a finite cotangent."""
+        if kit.backend.capabilities.nested_loops:
+            pytest.skip("such a backend takes other steps, and compiles them")
+        xp, (right, left) = kit.backend.xp, np.array([[0.5, 0.3, 0.9, 0.2, 0.5], [0.0, 0.3, 0.0, 0.1, 0.0]])[:, :, None]
+        g = np.random.default_rng(0).standard_normal((len(right), MANY))
+        g[4, 7] = math.nan
+        a, c = kit.array(right), kit.array(left)
+        u, report = ExactIFT(rtol=1e-4).solve_adjoint(
+            kit.backend, lambda v: a * xp.roll(v, 1, axis=1) + c * xp.roll(v, -1, axis=1), kit.array(g), None
+        )
+        u, found = kit.numpy(u), kit.numpy(report.residual)
+        lost = g - u + right * np.roll(u, 1, axis=1) + left * np.roll(u, -1, axis=1)
+        true = np.linalg.norm(lost, axis=1) / np.linalg.norm(g, axis=1)
+        assert (true[:4] <= 1.01e-4).all(), f"relative residuals of the adjoint equation {true[:4]}, tolerance 1e-4"
+        close(found[:4], true[:4], 1e-2 * 1e-4, "reported residual of the adjoint equation")
+        assert kit.numpy(report.status).tolist() == [int(Status.CONVERGED)] * 4 + [int(Status.NONFINITE)], (
+            "a cotangent that is not finite must change the status of its own sample alone."
         )
 
     def test_integers_and_flags_in_the_state_are_carried_along(self, kit: Kit) -> None:

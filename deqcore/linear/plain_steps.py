@@ -1,0 +1,191 @@
+"""Plain steps for the samples whose Krylov space gains little, where decisions are made on the host."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Final
+
+import numpy as np
+
+from deqcore.abc.backend import Backend
+from deqcore.abc.kernels import Krylov
+from deqcore.linear.figures import Figures
+from deqcore.linear.gmres import PROGRESS, KrylovSpace, LinearSolution, ended, gmres, visible
+from deqcore.linear.opening import RATE, STEPS, planned_steps
+from deqcore.types import Array, Map
+
+MANY: Final = 512
+"""Smallest n. With fewer unknowns the basis costs less than calls do, and GMRES gains more at the end of a solve."""
+
+LOOK: Final = 4
+"""Dimensions of a Krylov space after which its sample may leave it: a twentieth of the passes of 18 dimensions."""
+
+LATE: Final = 2
+"""The latest of them, which decide."""
+
+INSIDE: Final = 0.06
+"""Part of the squared norms of the products J v that may lie in the space before them, for a sample that leaves it. It
+is 0.02 for random matrices of 512 unknowns, and 0.5 for symmetric ones, where GMRES takes half of the products of plain
+steps."""
+
+MORE: Final = 4 / 3
+"""Products that a sample may need in all, in those expected when it leaves. One that would need more returns."""
+
+
+def plain_or_gmres(
+    backend: Backend, product: Map, b: Array, *, rtol: float, max_steps: int, reorthogonalize: bool, restart: int
+) -> LinearSolution:
+    """Solve (I − J) x = b by GMRES, which samples leave for plain steps x ← x + r, r ← J r where these do as well.
+
+    A plain step passes over three vectors, a step of GMRES over its basis. Where J turns each vector out of the space
+    before it, GMRES gains a factor √(1 − ρ²) at most on any number of plain steps of rate ρ. The Hessenberg matrix of
+    `LOOK` steps shows whether it does. A sample leaves if it does, and if its rate would bring it to the goal within
+    the steps that `RATE` needs. One that later contracts more slowly, so that it would need a third more, returns to
+    GMRES from where it is. All samples share each product: those with plain steps ride along with those of GMRES.
+
+    Args:
+        backend: the backend of these arrays, with views of them on the host.
+        product: `v ↦ J v` on `(batch, n)`.
+        b: right-hand side `(batch, n)`, of the dtype of norms.
+        rtol: stop when ‖b − A x‖ ≤ rtol·‖b‖.
+        max_steps: products of GMRES at most.
+        reorthogonalize: see `gmres`.
+        restart: see `gmres`; from `LOOK` to `max_steps`.
+    """
+    figures = Figures(backend, on_host=True)
+    given, read = figures.given, figures.read
+    space = KrylovSpace(backend, product, reorthogonalize=reorthogonalize, shifted=True)
+    size = backend.norm(b)
+    goal = rtol * backend.to_accum_dtype(size)
+    k = space.grow(space.begin(b, restart), goal, LOOK)
+    with figures.errstate():
+        plain = _Plain(figures, space, k, goal, rtol)
+        if plain.others.any():
+            k = k._replace(can_grow=given(plain.others))
+            k = replace(space, product=plain.riding).grow(k, goal, restart - LOOK, joining=plain.returned)
+            plain.add(*ended(space, k, None))
+            slow = read(k.can_grow) & (read(k.residual) > plain.goal) & (read(k.residual) <= PROGRESS * read(k.start))
+            if slow.any():
+                r = space.residual_vector(k, given(slow))
+                plain.r = backend.select(given(slow), r, plain.r) if plain.leaves.any() else r
+                plain.waits = plain.waits | slow
+        products, spent = read(k.steps), np.zeros_like(plain.leaves)
+        while (returned := plain.until_one_returns()) is not None:
+            rows, r, _ = returned
+            r = backend.select(given(rows), r, backend.xp.zeros_like(r))
+            found = gmres(
+                backend, plain.riding, b, plain.x, r,
+                rtol=rtol, max_steps=max_steps - restart, restart=restart,
+                reorthogonalize=reorthogonalize, shifted=True,
+            )  # fmt: skip
+            plain.x = backend.select(given(rows), found.x, plain.x)
+            plain.residual = np.where(rows, read(found.residual), plain.residual)
+            products, spent = products + read(found.products), spent | (rows & read(found.spent))
+        residual = plain.residuals()
+        converged = (residual <= plain.goal) & np.isfinite(residual)
+    products = products + plain.products
+    return LinearSolution(visible(backend, plain.x, size), *map(given, (residual, products, converged, spent)))
+
+
+class _Plain:
+    """The samples that take plain steps, and how far they are. Figures `(batch,)` are NumPy's.
+
+    Attributes:
+        x: the solution so far `(batch, n)`.
+        r: residuals of the samples that run or wait, and anything finite elsewhere.
+        residual: what the Krylov spaces know of it.
+        leaves: the samples that left the first space.
+        others: those that still grow in it.
+        running: those that take plain steps.
+        waits: those that wait for GMRES.
+        joined: those that did.
+    """
+
+    x: Array
+    r: Array
+    residual: Any
+
+    def __init__(self, figures: Figures, space: KrylovSpace, k: Krylov, goal: Array, rtol: float) -> None:
+        self.figures, self.backend, self.product = figures, space.backend, space.product
+        self.goal, self.norm = figures.read(goal), figures.read(k.residual)
+        turning, rate = _turning(figures.read(space.hessenberg(k)[0]))
+        expected = LOOK + np.log(self.goal / self.norm) / np.log(rate)
+        growing = figures.read(k.can_grow) & (self.norm > self.goal)
+        self.leaves = growing & turning & (rate < 1.0) & (expected <= planned_steps(rtol))
+        self.others, self.running = growing & ~self.leaves, self.leaves
+        self.earlier, self.planned = self.norm / rate, np.minimum(np.ceil(MORE * expected), STEPS) - LOOK
+        self.products = np.zeros(growing.shape, np.int32)
+        self.waits = self.joined = np.zeros_like(growing)
+        if self.leaves.any() or not growing.any():
+            self.x, residual = ended(space, k, None)
+            self.residual = figures.read(residual)
+        if self.leaves.any():
+            self.r = space.residual_vector(k, figures.given(self.leaves))
+
+    def riding(self, v: Array) -> Array:
+        """Return the product with `v`, and take a plain step in the rows of the samples that run."""
+        if not self.running.any():
+            return self.product(v)
+        image = self.product(self.backend.select(self.figures.given(self.running), self.r, v))
+        self._step(image)
+        return image
+
+    def add(self, x: Array, residual: Array) -> None:
+        """Take the solution of the first Krylov space; that of a sample that joined it again is what it adds."""
+        select, given, residual = self.backend.select, self.figures.given, self.figures.read(residual)
+        if not self.leaves.any():
+            self.x, self.residual = x, residual
+            return
+        self.x = select(given(self.leaves), select(given(self.joined), self.x + x, self.x), x)
+        self.residual = np.where(self.leaves & ~self.joined, self.residual, residual)
+
+    def until_one_returns(self) -> tuple[Any, Array, Any] | None:
+        """Take plain steps, and return what `returned` does, or None if all samples ended."""
+        while self.running.any() and not self.waits.any():
+            self._step(self.product(self.r))
+        return self.returned()
+
+    def returned(self) -> tuple[Any, Array, Any] | None:
+        """Return the samples that wait for GMRES, and the residual vectors and norms. They wait no longer."""
+        if not self.waits.any():
+            return None
+        rows = self.waits
+        self.waits, self.joined = np.zeros_like(rows), self.joined | rows
+        return rows, self.r, self.norm
+
+    def residuals(self) -> Any:
+        """Return the residuals, but no less than the rounding of A x where the Krylov space does not know x."""
+        if not self.leaves.any():
+            return self.residual
+        size = self.figures.read(self.backend.to_accum_dtype(self.backend.norm(self.x)))
+        rounding = self.backend.eps(self.x) * (1 + RATE**2) ** 0.5 * size  # A r = r − J r
+        left = np.where(self.joined, self.residual, self.norm)
+        return np.where(self.leaves, np.maximum(left, rounding), self.residual)
+
+    def _step(self, image: Array) -> None:
+        """Add r to x and replace it by its `image`, where that is shorter; decide which samples continue."""
+        backend, given, before, running = self.backend, self.figures.given, self.norm, self.running
+        norm = None if backend.kernels is None else backend.kernels.plain_step(self.x, self.r, image, before, running)
+        if norm is None:
+            norm = self.figures.read(backend.to_accum_dtype(backend.norm(image)))
+            self.x = backend.select(given(running & (norm < before)), self.x + self.r, self.x)
+        taken = running & (norm < before)  # False for NaN
+        self.products = self.products + running
+        self.norm = np.where(taken, norm, before)
+        ahead = norm * (norm / self.earlier) ** ((self.planned - self.products) / 2)
+        self.earlier, self.running = before, taken & (norm > self.goal) & (ahead <= self.goal)
+        self.waits = self.waits | (running & ~self.running & (self.norm > self.goal))
+        self.r = backend.select(given(taken), image, self.r)
+
+
+def _turning(h: Any) -> tuple[Any, Any]:
+    """Return whether J turns the latest vectors of a space out of it, and its rate on them, both `(batch,)`.
+
+    Args:
+        h: Hessenberg matrices of I − J `(batch, k + 1, k)`.
+    """
+    squares = np.square(np.eye(*h.shape[1:]) - h)
+    whole = squares.sum(axis=1)
+    inside = whole - np.diagonal(squares[:, 1:], axis1=1, axis2=2)
+    latest = whole[:, -LATE:].sum(axis=1)
+    return inside[:, -LATE:].sum(axis=1) <= INSIDE * latest, np.sqrt(latest / LATE)
