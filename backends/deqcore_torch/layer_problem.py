@@ -31,7 +31,7 @@ class Solvable(Protocol):
 
 
 class LayerProblem:
-    """See `problems.Problem`. It does not keep the layer alive."""
+    """See `problems.OperatorProblem`. It does not keep the layer alive."""
 
     def __init__(self, layer: Solvable) -> None:
         self.layer = weakref.ref(layer)
@@ -43,7 +43,7 @@ class LayerProblem:
         return layer
 
     def rows(self, layout: str, state: Sequence[Tensor]) -> tuple[Any, ...]:
-        """See `problems.Problem`."""
+        """See `problems.OperatorProblem`."""
         layer = self._layer()
         resolved, _ = settings.resolve(*layer.settings.call(layer.training))
         return rows_shape(state[0], int(resolved.forward.batch))
