@@ -19,7 +19,7 @@ from deqcore.types import Map
 
 
 def problems(seeds: int, size: int) -> Iterator[tuple[str, Map, Any]]:
-    """Yield the name, map and initial state `(seeds, size)`."""
+    """Yield the name, map and initial iterate `(seeds, size)`."""
     rng = [np.random.default_rng(seed) for seed in range(seeds)]
     w = np.stack([r.standard_normal((size, size)) for r in rng]) / np.sqrt(size)
     x = np.stack([r.standard_normal(size) for r in rng])

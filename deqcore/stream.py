@@ -12,13 +12,14 @@ import numpy as np
 from deqcore import config as settings
 from deqcore.abc.backend import Backend
 from deqcore.config import Config
-from deqcore.errors import BackendError, ConfigError, ConvergenceError, ConvergenceWarning, ProblemError, described
+from deqcore.errors import BackendError, ConfigError, ConvergenceError, ConvergenceWarning
 from deqcore.solve.dispatch import pick_backend, plan_call
 from deqcore.solve.flatten import RavelSpec
 from deqcore.solve.host import is_read
 from deqcore.solve.plan import Plan
 from deqcore.solve.refill import Arrivals, Budget, Opening, Round, Slots
 from deqcore.solve.sample import Layout, Sample, Unravel
+from deqcore.solve.source import Source
 from deqcore.solve.user_line import due, warn
 from deqcore.types import Array, LoopState, Status, Tree
 
@@ -131,43 +132,9 @@ def solve_stream(
             f"solve_stream: forward.batch must be true, because each slot holds one sample (got "
             f"{str(resolved.forward.batch).lower()}). Use fixed_point to solve one system at a time."
         )
-    source = _Source(inputs, start)
+    source = Source(inputs, start)
     results = _solved(f, source, slots, resolved, config, overrides)
     return _reported(_in_order(results) if ordered else results, source, resolved)
-
-
-class _Source:
-    """The items of a stream, numbered; it ends at the first error, which it keeps."""
-
-    def __init__(self, inputs: Iterable[Any], start: Callable[..., Tree] | None) -> None:
-        self.items, self.start = iter(inputs), start
-        self.count = 0
-        self.ended = False
-        self.error: BaseException | None = None
-
-    def next(self, accept: Callable[[Tree, tuple[Any, ...], int], Sample]) -> Sample | None:
-        """Return the next item as `accept(z0, args, index)` returns it; None: there is none, now or ever."""
-        if self.ended:
-            return None
-        try:
-            item = next(self.items)
-            if item is None:
-                return None
-            sample = accept(*self._split(item), self.count)
-        except StopIteration:
-            self.ended = True
-            return None
-        except Exception as error:
-            self.ended, self.error = True, error
-            return None
-        self.count += 1
-        return sample
-
-    def _split(self, item: Any) -> tuple[Tree, tuple[Any, ...]]:
-        if not isinstance(item, tuple) or hasattr(item, "_fields") or (self.start is None and not item):
-            what = "(z0, *args)" if self.start is None else "args"
-            raise ProblemError(f"Item {self.count} of the stream must be a tuple {what} (got {described(item)}).")
-        return (item[0], item[1:]) if self.start is None else (self.start(*item), item)
 
 
 def _in_order(results: Iterator[StreamResult]) -> Iterator[StreamResult]:
@@ -181,7 +148,7 @@ def _in_order(results: Iterator[StreamResult]) -> Iterator[StreamResult]:
             following += 1
 
 
-def _reported(results: Iterator[StreamResult], source: _Source, resolved: Config) -> Iterator[StreamResult]:
+def _reported(results: Iterator[StreamResult], source: Source, resolved: Config) -> Iterator[StreamResult]:
     """Yield the results, report failures as `forward.on_failure` says, and raise what ended the stream."""
     action, solver, failed = resolved.forward.on_failure, resolved.forward.solver, 0
     for result in results:
@@ -204,7 +171,7 @@ def _reported(results: Iterator[StreamResult], source: _Source, resolved: Config
 
 def _solved(
     f: Callable[..., Tree],
-    source: _Source,
+    source: Source,
     size: int,
     resolved: Config,
     config: Config | None,
@@ -256,7 +223,7 @@ class _Stream:
         self.unravel = apart(Unravel(backend, layout.z_kinds))
         self.last = first
 
-    def seat(self, source: _Source, accept: Callable[[Tree, tuple[Any, ...], int], Sample]) -> bool:
+    def seat(self, source: Source, accept: Callable[[Tree, tuple[Any, ...], int], Sample]) -> bool:
         """Give items to free slots; return whether there is anything to do, now or later."""
         for slot, owner in enumerate(self.owner):
             if owner is None:

@@ -56,7 +56,7 @@ class Numbers(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Problem:
+class AttachedSolve:
     """What is compiled for: f, the method, the strategy (None: no gradient is attached)."""
 
     program: Program
@@ -87,13 +87,13 @@ class Problem:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def attach_exact(problem: Problem, z: jax.Array, state: Tree, leaves: list[jax.Array]) -> jax.Array:
+def attach_exact(problem: AttachedSolve, z: jax.Array, state: Tree, leaves: list[jax.Array]) -> jax.Array:
     """Return `z` as a function of the leaves."""
     return z
 
 
 @partial(attach_exact.defjvp, symbolic_zeros=True)
-def _attach_exact_jvp(problem: Problem, primals: Tree, tangents: Tree) -> Pair:
+def _attach_exact_jvp(problem: AttachedSolve, primals: Tree, tangents: Tree) -> Pair:
     z, state, leaves = primals
     z = attach_exact(problem, z, state, leaves)
     moved = {i: t for i, t in enumerate(tangents[2]) if not isinstance(t, SymbolicZero)}
@@ -102,7 +102,7 @@ def _attach_exact_jvp(problem: Problem, primals: Tree, tangents: Tree) -> Pair:
     return z, (_solution if linear.reversible else _solution_forward)(problem, linear, b, state)
 
 
-def _solution(problem: Problem, linear: Linear, b: jax.Array, state: Tree) -> jax.Array:
+def _solution(problem: AttachedSolve, linear: Linear, b: jax.Array, state: Tree) -> jax.Array:
     """Return (I − J)^-1 b, with a transpose."""
     return lax.custom_linear_solve(
         lambda v: v - linear.jvp(v),
@@ -112,7 +112,7 @@ def _solution(problem: Problem, linear: Linear, b: jax.Array, state: Tree) -> ja
     )
 
 
-def _solution_forward(problem: Problem, linear: Linear, b: jax.Array, state: Tree) -> jax.Array:
+def _solution_forward(problem: AttachedSolve, linear: Linear, b: jax.Array, state: Tree) -> jax.Array:
     """Return (I − J)^-1 b for an f without reverse mode."""
 
     def solve(_: Map, b: jax.Array) -> jax.Array:
@@ -123,7 +123,7 @@ def _solution_forward(problem: Problem, linear: Linear, b: jax.Array, state: Tre
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attach_reverse(
-    problem: Problem,
+    problem: AttachedSolve,
     z: jax.Array,
     state: Tree,
     leaves: list[jax.Array],
@@ -135,7 +135,7 @@ def attach_reverse(
 
 
 def _attach_reverse_fwd(
-    problem: Problem,
+    problem: AttachedSolve,
     z: jax.Array,
     state: Tree,
     leaves: list[jax.Array],
@@ -150,7 +150,7 @@ def _attach_reverse_fwd(
 
 
 def _attach_reverse_bwd(
-    problem: Problem, residuals: Residuals, g: jax.Array
+    problem: AttachedSolve, residuals: Residuals, g: jax.Array
 ) -> tuple[None, None, list[jax.Array | None], AdjointTap | None, jax.Array | None]:
     z, (solver_state, turn, known), leaves, adjoint_tap, memory = residuals
     state: Tree = (solver_state, turn)
@@ -190,14 +190,14 @@ attach_reverse.defvjp(_attach_reverse_fwd, _attach_reverse_bwd)
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _adjoint(
-    problem: Problem, z: jax.Array, state: Tree, leaves: list[jax.Array], g: jax.Array
+    problem: AttachedSolve, z: jax.Array, state: Tree, leaves: list[jax.Array], g: jax.Array
 ) -> tuple[jax.Array, AdjointReport]:
     """Return u ≈ (I − J)^-T g where f has reverse mode only, so that only its second derivatives need J v."""
     return _solve_adjoint(problem, Reverse(problem.program, z, leaves, []), g, state)
 
 
 @_adjoint.defjvp
-def _adjoint_jvp(problem: Problem, primals: Tree, tangents: Tree) -> tuple[Tree, Tree]:
+def _adjoint_jvp(problem: AttachedSolve, primals: Tree, tangents: Tree) -> tuple[Tree, Tree]:
     """Return the tangent of u = g + Jᵀu: du = (I − J)^-T (dg + d(Jᵀ) u)."""
     z, state, leaves, g = primals
     dz, _, dleaves, dg = tangents
@@ -226,7 +226,7 @@ def _no_tangent(x: jax.Array) -> ArrayLike:
 
 
 def _solve_adjoint(
-    problem: Problem, linear: Linear | Reverse, g: jax.Array, state: Tree
+    problem: AttachedSolve, linear: Linear | Reverse, g: jax.Array, state: Tree
 ) -> tuple[jax.Array, AdjointReport]:
     """Return u ≈ (I − J)^-T g."""
     with precise():
@@ -234,7 +234,7 @@ def _solve_adjoint(
 
 
 def _solve_tangent(
-    problem: Problem, linear: Linear | Reverse, b: jax.Array, state: Tree
+    problem: AttachedSolve, linear: Linear | Reverse, b: jax.Array, state: Tree
 ) -> tuple[jax.Array, AdjointReport]:
     """Return x ≈ (I − J)^-1 b: the same kind of equation, with J v instead of Jᵀu and H instead of Hᵀ."""
     with precise():

@@ -28,7 +28,7 @@ from deqcore.types import (
 )
 from deqcore_jax.adjoint_tap import AdjointTap
 from deqcore_jax.closure import Program, is_traced, trace
-from deqcore_jax.derivative_rules import Numbers, Pair, Problem, attach_exact, attach_reverse
+from deqcore_jax.derivative_rules import AttachedSolve, Numbers, Pair, attach_exact, attach_reverse
 from deqcore_jax.failures import is_staged
 from deqcore_jax.jit_context import precise
 from deqcore_jax.loop import recorded
@@ -52,7 +52,7 @@ def solve(
 
     Args:
         f: `f(z, *args)` on `(batch, n)`.
-        z0: initial state `(batch, n)`.
+        z0: initial iterate `(batch, n)`.
         args: any trees.
         iterate: the loop with everything but f and z0 bound.
         adjoint: how gradients are found; None attaches none.
@@ -80,7 +80,7 @@ def solve(
         control = iterate.control
         numbers = Numbers(control.rtol, control.atol, control.max_steps, iterate.resume)
         iterate = BoundSolve(iterate.backend, iterate.solver, StoppingCriteria(0.0, 0.0, 0, *control[3:]))
-    problem = Problem(program, iterate, adjoint)
+    problem = AttachedSolve(program, iterate, adjoint)
     try:
         return _run(problem, z0, numbers, leaves, adjoint_tap, memory, turn)
     except TypeError as error:
@@ -89,7 +89,7 @@ def solve(
         raise _no_forward_mode(problem, adjoint_tap) from error
 
 
-def _no_forward_mode(problem: Problem, adjoint_tap: AdjointTap | None) -> StrategyError:
+def _no_forward_mode(problem: AttachedSolve, adjoint_tap: AdjointTap | None) -> StrategyError:
     """Return the error for jvp, jacfwd or hessian of a value that is a `jax.custom_vjp` function."""
     limit = "has reverse mode only, not forward mode (jvp, jacfwd, hessian)"
     if not problem.bound.exact:
@@ -107,7 +107,7 @@ def _no_forward_mode(problem: Problem, adjoint_tap: AdjointTap | None) -> Strate
 
 @partial(jax.jit, static_argnums=0)
 def _run(
-    problem: Problem,
+    problem: AttachedSolve,
     z0: jax.Array,
     numbers: Numbers | None,
     leaves: list[jax.Array],

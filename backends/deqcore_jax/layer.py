@@ -37,7 +37,7 @@ class ImplicitLayer:
 
         Args:
             *inputs: what the cell takes in addition to z.
-            z0: initial state; default: see the class.
+            z0: initial iterate; default: see the class.
             until: when a sample halts before it has converged, such as `deqcore.halting.Settled(read)`.
             mask: samples or units that take part, see `deqcore.fixed_point`.
         """
@@ -55,7 +55,7 @@ class ImplicitLayer:
 
         Args:
             *inputs: what the cell takes in addition to z.
-            z0: initial state; default: see the class.
+            z0: initial iterate; default: see the class.
             until: when a sample halts before it has converged.
             mask: samples or units that take part.
             **overrides: settings of this call.
@@ -75,7 +75,7 @@ class ImplicitLayer:
         Args:
             *inputs: what the cell takes in addition to z.
             steps: step counts, increasing and positive, after which a state is wanted.
-            z0: initial state; default: see the class.
+            z0: initial iterate; default: see the class.
 
         Raises:
             ConfigError: the step counts do not increase.

@@ -25,7 +25,7 @@ def _versions(modules: list[tuple[str, nn.Module]]) -> dict[str, int]:
     return versions
 
 
-class Watch:
+class CellWatch:
     """A check of a cell around each solve.
 
     Batch normalisation in training mode couples the samples and moves its statistics with every evaluation. A write to
@@ -38,7 +38,7 @@ class Watch:
 
     @contextmanager
     def over(self, cell: Any, training: bool) -> Iterator[None]:
-        """Watch one solve.
+        """CellWatch one solve.
 
         Args:
             cell: a module; anything else is not checked.

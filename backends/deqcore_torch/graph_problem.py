@@ -20,13 +20,13 @@ Graph = Callable[..., Any]
 
 
 class GraphProblem:
-    """See `problems.Problem`."""
+    """See `problems.OperatorProblem`."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
 
     def rows(self, layout: str, state: Sequence[Tensor]) -> tuple[Any, ...]:
-        """See `problems.Problem`."""
+        """See `problems.OperatorProblem`."""
         _, overrides, _ = arrange(layout, iter(state))
         return rows_shape(state[0], batch_axes(overrides.get("forward__batch")))
 

@@ -30,7 +30,7 @@ class Solvable(Protocol):
 
 
 class LayerProblem:
-    """See `problems.Problem`. It does not keep the layer alive."""
+    """See `problems.OperatorProblem`. It does not keep the layer alive."""
 
     def __init__(self, layer: Solvable) -> None:
         self.layer = weakref.ref(layer)
@@ -42,7 +42,7 @@ class LayerProblem:
         return layer
 
     def rows(self, layout: str, state: Sequence[Tensor]) -> tuple[Any, ...]:
-        """See `problems.Problem`."""
+        """See `problems.OperatorProblem`."""
         from deqcore_torch.layout import rows_shape
 
         layer = self._layer()

@@ -23,7 +23,7 @@ from deqcore.layer import (
 )
 from deqcore.solution import Solution, SolveState
 from deqcore_torch import cached_starts, last_equilibrium, problems, trees
-from deqcore_torch.cell_checks import Watch
+from deqcore_torch.cell_checks import CellWatch
 from deqcore_torch.cells import begin_solve
 from deqcore_torch.disable_dynamo import untraced
 from deqcore_torch.layer_problem import LayerProblem
@@ -142,7 +142,7 @@ class DEQ(nn.Module):
         self.batched_inputs = batched_inputs
         self._last: list[Any] | None = None  # leaves of the last equilibrium, or of the carry of a checkpoint
         self._fresh: Tensor | None = None  # samples that start cold nevertheless
-        self._watch = Watch()
+        self._watch = CellWatch()
         begin = self.settings.strategy_state()
         self.strategy_state: Tensor | None
         self.register_buffer("strategy_state", None if begin is None else torch.tensor(begin, dtype=torch.float32))
@@ -165,7 +165,7 @@ class DEQ(nn.Module):
 
         Args:
             *inputs: what the cell takes in addition to z; gradients reach them.
-            z0: initial state; default: see the class. With `ids` or `changed`, that of what starts cold.
+            z0: initial iterate; default: see the class. With `ids` or `changed`, that of what starts cold.
             until: when a sample halts before it has converged, such as `deqcore.halting.Settled(read)`.
             mask: samples or units that take part, see `deqcore.fixed_point`.
             ids: sample ids `(batch,)`, integers, best on the host: start from the equilibria in `warm_start`, and store

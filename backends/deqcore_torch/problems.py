@@ -15,7 +15,7 @@ from torch import Tensor
 from deqcore.solution import Solution
 
 
-class Problem(Protocol):
+class OperatorProblem(Protocol):
     """A layer or a captured function, which an operator solves for tensors."""
 
     def rows(self, layout: str, state: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -25,11 +25,11 @@ class Problem(Protocol):
         """Return the solution for tensors arranged by `layout`, and the leaves of its value."""
 
 
-numbered: dict[int, Problem] = {}
+numbered: dict[int, OperatorProblem] = {}
 _numbers = itertools.count(1)
 
 
-def register(problem: Problem, owner: object) -> int:
+def register(problem: OperatorProblem, owner: object) -> int:
     """Return a new number, by which compiled code finds the problem while `owner` exists."""
     number = next(_numbers)
     numbered[number] = problem

@@ -27,7 +27,7 @@ class Case:
         kind: "random cotangents" or "own cotangents" (of a trained cell's loss).
         narrow: f in float32, `(batch, …)` to `(batch, …)`.
         wide: the same f in float64.
-        z0: initial state, float32.
+        z0: initial iterate, float32.
         g: cotangents, like z0.
     """
 

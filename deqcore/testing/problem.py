@@ -28,7 +28,7 @@ class Problem:
         name: for reports.
         params: tree (usually a dict) of NumPy arrays.
         inputs: tree of NumPy arrays.
-        z0: initial state, a tree of NumPy arrays; its first axis is the batch, unless `batch` is False.
+        z0: initial iterate, a tree of NumPy arrays; its first axis is the batch, unless `batch` is False.
         f: written once, `f(xp, params, z, inputs)` with the array namespace `xp`; or one function per framework,
             `{"torch": f, "jax": g}`, each `f(params, z, inputs)` on that framework's arrays.
         cotangent: dL/dz*, a tree like z0; default: standard normal numbers from a fixed seed.

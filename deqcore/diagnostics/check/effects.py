@@ -19,7 +19,7 @@ from deqcore.types import Tree
 SHOWN: Final = 3  # names in a line of text
 
 
-class Watch:
+class EffectWatch:
     """Keeps global state as it was, and notes what calls print and change.
 
     Random generators run on between the calls, so that a layer that draws from them shows itself; `close` restores
@@ -103,7 +103,7 @@ def copied(backend: Backend, tree: Tree) -> list[Any]:
 
 
 def side_effects(
-    backend: Backend, watch: Watch, layer: Any, inputs: tuple[Tree, ...], run: Callable[[], Any]
+    backend: Backend, watch: EffectWatch, layer: Any, inputs: tuple[Tree, ...], run: Callable[[], Any]
 ) -> Finding:
     """Run the layer once and compare its arrays and its inputs before and after; with what `watch` has noted so far."""
     names = list(backend.harness.module_arrays(layer))

@@ -11,7 +11,7 @@ import numpy as np
 
 from deqcore.config import Config
 from deqcore.diagnostics.check import causality, independence, naming
-from deqcore.diagnostics.check.effects import Watch, side_effects
+from deqcore.diagnostics.check.effects import EffectWatch, side_effects
 from deqcore.diagnostics.check.gradient import ExactAdjoint, exact_adjoint, gradient
 from deqcore.diagnostics.check.record import LayerUnderTest
 from deqcore.diagnostics.check.report import FAILED, OK, SKIPPED, Finding, LayerReport
@@ -76,7 +76,7 @@ def check_layer(subject: LayerUnderTest, *, say: Callable[[str], object] = lambd
         backend = pick_backend(Config(), subject.inputs, ())
     except InitialIterateError as error:
         raise ConfigError("LayerUnderTest: inputs must hold at least one array (got none).") from error
-    watch = Watch(backend)
+    watch = EffectWatch(backend)
     try:
         with watch(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a layer's warnings are its own; what they are about is measured here
@@ -98,7 +98,7 @@ def check_layer(subject: LayerUnderTest, *, say: Callable[[str], object] = lambd
     return LayerReport(name, backend.name, batch, n, bound.space.dtype, findings)
 
 
-def _findings(subject: Subject, watch: Watch, say: Callable[[str], object]) -> Iterator[Finding]:
+def _findings(subject: Subject, watch: EffectWatch, say: Callable[[str], object]) -> Iterator[Finding]:
     values = host(subject.backend, subject.z)
     if not np.isfinite(values).all():
         rows = np.flatnonzero(~np.isfinite(values).all(axis=1))

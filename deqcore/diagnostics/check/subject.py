@@ -11,7 +11,7 @@ import numpy as np
 from deqcore.abc.backend import Backend
 from deqcore.config import Config
 from deqcore.diagnostics.check import naming
-from deqcore.diagnostics.check.effects import Watch
+from deqcore.diagnostics.check.effects import EffectWatch
 from deqcore.diagnostics.check.record import LayerUnderTest
 from deqcore.diagnostics.linearization import host
 from deqcore.errors import DeqcoreError, InitialIterateError, ProblemError, described
@@ -48,7 +48,7 @@ class Subject:
     space: RavelSpec
     z: Array
     tree: Tree = field(repr=False)
-    watch: Watch = field(repr=False)
+    watch: EffectWatch = field(repr=False)
 
     def run(self, layer: Any = None, inputs: tuple[Tree, ...] | None = None, start: Tree = None) -> Array:
         """Return the state of a run of the layer, `(batch, n)`."""
@@ -87,7 +87,7 @@ def bind(
     inputs: tuple[Tree, ...],
     keywords: Mapping[str, Any],
     cell: Callable[..., Any],
-    watch: Watch,
+    watch: EffectWatch,
 ) -> Subject:
     """Run the layer once and bind it to the state that it returns.
 
@@ -136,7 +136,7 @@ def _check_cell(subject: Subject) -> None:
         ) from error
 
 
-def call(layer: Any, inputs: tuple[Tree, ...], keywords: Mapping[str, Any], watch: Watch) -> Any:
+def call(layer: Any, inputs: tuple[Tree, ...], keywords: Mapping[str, Any], watch: EffectWatch) -> Any:
     """Call the layer.
 
     Raises:

@@ -121,7 +121,7 @@ class Model(ABC):
 
     @abstractmethod
     def start(self, ops: Ops, p: Parameters, injected: Any) -> Any:
-        """Return the initial state z0, a tree of arrays with the batch first."""
+        """Return the initial iterate z0, a tree of arrays with the batch first."""
 
     @abstractmethod
     def cell(self, ops: Ops, p: Parameters, z: Any, injected: Any) -> Any:

@@ -18,7 +18,7 @@ ELSEWHERE: Final = {
 
 
 @dataclass(frozen=True)
-class Options:
+class SolveOptions:
     """Torchdeq's options, with its defaults, and `batch`, deqcore's own."""
 
     f_solver: str = "fixed_point_iter"
@@ -55,7 +55,7 @@ class Options:
             raise ConfigError.bad_value("get_deq", "grad", self.grad, expected)
 
     @classmethod
-    def of(cls, args: object, given: Mapping[str, Any]) -> Options:
+    def of(cls, args: object, given: Mapping[str, Any]) -> SolveOptions:
         """Merge a namespace, a dictionary or None with keywords, which win.
 
         Raises:

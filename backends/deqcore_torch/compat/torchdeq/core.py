@@ -15,7 +15,7 @@ from deqcore.errors import ConfigError, listing
 from deqcore.solution import Solution
 from deqcore.types import AdjointReport, BackwardRecord
 from deqcore_torch.cells import begin_solve
-from deqcore_torch.compat.torchdeq.config import Options
+from deqcore_torch.compat.torchdeq.config import SolveOptions
 from deqcore_torch.compat.torchdeq.dropout import reset_dropout
 from deqcore_torch.compat.torchdeq.norm import reset_norm
 from deqcore_torch.compat.torchdeq.solver import Info, SolverFunction, get_solver, info_of, own_solver
@@ -57,7 +57,7 @@ class DEQBase(nn.Module):
 
     def __init__(self, args: object = None, **options: object) -> None:
         super().__init__()
-        self.options = Options.of(args, options)
+        self.options = SolveOptions.of(args, options)
         self.f_solver = get_solver(self.options.f_solver)
         self.b_solver = get_solver("fixed_point_iter" if self.options.b_solver == "gmres" else self.options.b_solver)
         self.f_max_iter, self.b_max_iter = self.options.f_max_iter, self.options.b_max_iter
@@ -71,7 +71,7 @@ class DEQBase(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the options that differ from torchdeq's defaults, for the printed form."""
-        default = Options()
+        default = SolveOptions()
         names = [name for name in default.__dataclass_fields__ if getattr(self.options, name) != getattr(default, name)]
         return ", ".join(f"{name}={getattr(self.options, name)!r}" for name in names)
 
@@ -104,7 +104,7 @@ class TorchDEQ(DEQBase):
 
         Args:
             func: takes the state's tensors `(batch, …)` and returns as many.
-            z_init: initial state, one tensor or several.
+            z_init: initial iterate, one tensor or several.
             solver_kwargs: for this call: `f_max_iter`, and options of the solver (`tau`, `m`, `LBFGS_thres`).
             sradius_mode: in evaluation mode, measure the spectral radius as `info["sradius"]` `(batch,)`.
             backward_writer: called in each backward pass of the last state with a dictionary of its figures.

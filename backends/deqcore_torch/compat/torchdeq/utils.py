@@ -1,4 +1,4 @@
-"""torchdeq's helpers: options of a command line, an initial state, gradient checkpointing."""
+"""torchdeq's helpers: options of a command line, an initial iterate, gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def mem_gc(func: Callable[..., Any], in_args: Sequence[Any] | None = None) -> An
 
 
 def mixed_init(z_shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
-    """Return an initial state of which half the numbers are normal and half are zero.
+    """Return an initial iterate of which half the numbers are normal and half are zero.
 
     Args:
         z_shape: its shape.
