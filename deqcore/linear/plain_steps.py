@@ -40,8 +40,9 @@ def plain_or_gmres(
     A plain step passes over three vectors, a step of GMRES over its basis. Where J turns each vector out of the space
     before it, GMRES gains a factor √(1 − ρ²) at most on any number of plain steps of rate ρ. The Hessenberg matrix of
     `LOOK` steps shows whether it does. A sample leaves if it does, and if its rate would bring it to the goal within
-    the steps that `RATE` needs. One that later contracts more slowly, so that it would need a third more, returns to
-    GMRES from where it is. All samples share each product: those with plain steps ride along with those of GMRES.
+    the steps that `RATE` needs, but not within another `LOOK`. One that later contracts more slowly, so that it would
+    need a third more than expected, returns to GMRES from where it is. All samples share each product: those with plain
+    steps ride along with those of GMRES.
 
     Args:
         backend: the backend of these arrays, with views of them on the host.
@@ -103,7 +104,8 @@ class _Plain:
         turning, rate = _turning(figures.read(space.hessenberg(k)[0]))
         expected = LOOK + np.log(self.goal / self.norm) / np.log(rate)
         growing = figures.read(k.can_grow) & (self.norm > self.goal)
-        self.leaves = growing & turning & (rate < 1.0) & (expected <= planned_steps(rtol))
+        soon, late = expected < 2 * LOOK, expected > planned_steps(rtol)
+        self.leaves = growing & turning & (rate < 1.0) & ~soon & ~late
         self.others, self.running = growing & ~self.leaves, self.leaves
         self.earlier, self.planned = self.norm / rate, np.minimum(np.ceil(MORE * expected), STEPS) - LOOK
         self.steps = self.products = np.zeros(growing.shape, np.int32)
