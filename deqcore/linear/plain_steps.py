@@ -10,7 +10,7 @@ import numpy as np
 from deqcore.abc.backend import Backend
 from deqcore.abc.kernels import Krylov
 from deqcore.linear.figures import Figures
-from deqcore.linear.gmres import PROGRESS, KrylovSpace, LinearSolution, ended, gmres, visible
+from deqcore.linear.gmres import PROGRESS, KrylovSpace, LinearSolution, ended, visible
 from deqcore.linear.opening import RATE, STEPS, planned_steps
 from deqcore.types import Array, Map
 
@@ -40,8 +40,9 @@ def plain_or_gmres(
     A plain step passes over three vectors, a step of GMRES over its basis. Where J turns each vector out of the space
     before it, GMRES gains a factor √(1 − ρ²) at most on any number of plain steps of rate ρ. The Hessenberg matrix of
     `LOOK` steps shows whether it does. A sample leaves if it does, and if its rate would bring it to the goal within
-    the steps that `RATE` needs. One that later contracts more slowly, so that it would need a third more, returns to
-    GMRES from where it is. All samples share each product: those with plain steps ride along with those of GMRES.
+    the steps that `RATE` needs, but not within another `LOOK`. One that later contracts more slowly, so that it would
+    need a third more than expected, returns to GMRES from where it is. All samples share each product: those with plain
+    steps ride along with those of GMRES.
 
     Args:
         backend: the backend of these arrays, with views of them on the host.
@@ -53,38 +54,29 @@ def plain_or_gmres(
         restart: see `gmres`; from `LOOK` to `max_steps`.
     """
     figures = Figures(backend, on_host=True)
-    given, read = figures.given, figures.read
+    given = figures.given
     space = KrylovSpace(backend, product, reorthogonalize=reorthogonalize, shifted=True)
     size = backend.norm(b)
     goal = rtol * backend.to_accum_dtype(size)
     k = space.grow(space.begin(b, restart), goal, LOOK)
     with figures.errstate():
         plain = _Plain(figures, space, k, goal, rtol)
+        riding = replace(space, product=plain.riding)
+        k = k._replace(can_grow=given(plain.others))
         if plain.others.any():
-            k = k._replace(can_grow=given(plain.others))
-            k = replace(space, product=plain.riding).grow(k, goal, restart - LOOK, joining=plain.returned)
-            plain.add(*ended(space, k, None))
-            slow = read(k.can_grow) & (read(k.residual) > plain.goal) & (read(k.residual) <= PROGRESS * read(k.start))
-            if slow.any():
-                r = space.residual_vector(k, given(slow))
-                plain.r = backend.select(given(slow), r, plain.r) if plain.leaves.any() else r
-                plain.waits = plain.waits | slow
-        products, spent = read(k.steps), np.zeros_like(plain.leaves)
+            k = riding.grow(k, goal, restart - LOOK, joining=plain.returned)
+            plain.begin(*ended(space, k, None))
+        spent = plain.restarts(space, k, max_steps - restart)
         while (returned := plain.until_one_returns()) is not None:
             rows, r, _ = returned
-            r = backend.select(given(rows), r, backend.xp.zeros_like(r))
-            found = gmres(
-                backend, plain.riding, b, plain.x, r,
-                rtol=rtol, max_steps=max_steps - restart, restart=restart,
-                reorthogonalize=reorthogonalize, shifted=True,
-            )  # fmt: skip
-            plain.x = backend.select(given(rows), found.x, plain.x)
-            plain.residual = np.where(rows, read(found.residual), plain.residual)
-            products, spent = products + read(found.products), spent | (rows & read(found.spent))
+            k = space.begin(backend.select(given(rows), r, backend.xp.zeros_like(r)), restart)
+            k = riding.grow(k, goal, restart, joining=plain.returned)
+            plain.add(k, *ended(space, k, None))
+            spent = spent | plain.restarts(space, k, max_steps - restart)
         residual = plain.residuals()
         converged = (residual <= plain.goal) & np.isfinite(residual)
-    products = products + plain.products
-    return LinearSolution(visible(backend, plain.x, size), *map(given, (residual, products, converged, spent)))
+    fields = residual, plain.products + plain.steps, converged, spent
+    return LinearSolution(visible(backend, plain.x, size), *map(given, fields))
 
 
 class _Plain:
@@ -93,16 +85,17 @@ class _Plain:
     Attributes:
         x: the solution so far `(batch, n)`.
         r: residuals of the samples that run or wait, and anything finite elsewhere.
-        residual: what the Krylov spaces know of it.
+        residual: what is left after the last Krylov space of a sample.
         leaves: the samples that left the first space.
         others: those that still grow in it.
         running: those that take plain steps.
-        waits: those that wait for GMRES.
+        waits: those that wait for a Krylov space.
         joined: those that did.
+        steps: plain steps taken.
+        products: products of Krylov spaces that have ended.
     """
 
     x: Array
-    r: Array
     residual: Any
 
     def __init__(self, figures: Figures, space: KrylovSpace, k: Krylov, goal: Array, rtol: float) -> None:
@@ -111,16 +104,16 @@ class _Plain:
         turning, rate = _turning(figures.read(space.hessenberg(k)[0]))
         expected = LOOK + np.log(self.goal / self.norm) / np.log(rate)
         growing = figures.read(k.can_grow) & (self.norm > self.goal)
-        self.leaves = growing & turning & (rate < 1.0) & (expected <= planned_steps(rtol))
+        soon, late = expected < 2 * LOOK, expected > planned_steps(rtol)
+        self.leaves = growing & turning & (rate < 1.0) & ~soon & ~late
         self.others, self.running = growing & ~self.leaves, self.leaves
         self.earlier, self.planned = self.norm / rate, np.minimum(np.ceil(MORE * expected), STEPS) - LOOK
-        self.products = np.zeros(growing.shape, np.int32)
+        self.steps = self.products = np.zeros(growing.shape, np.int32)
         self.waits = self.joined = np.zeros_like(growing)
         if self.leaves.any() or not growing.any():
             self.x, residual = ended(space, k, None)
             self.residual = figures.read(residual)
-        if self.leaves.any():
-            self.r = space.residual_vector(k, figures.given(self.leaves))
+        self.r = space.residual_vector(k, figures.given(self.leaves)) if self.leaves.any() else k.v
 
     def riding(self, v: Array) -> Array:
         """Return the product with `v`, and take a plain step in the rows of the samples that run."""
@@ -130,14 +123,34 @@ class _Plain:
         self._step(image)
         return image
 
-    def add(self, x: Array, residual: Array) -> None:
+    def begin(self, x: Array, residual: Array) -> None:
         """Take the solution of the first Krylov space; that of a sample that joined it again is what it adds."""
-        select, given, residual = self.backend.select, self.figures.given, self.figures.read(residual)
+        select, given = self.backend.select, self.figures.given
         if not self.leaves.any():
-            self.x, self.residual = x, residual
+            self.x, self.residual = x, self.figures.read(residual)
             return
         self.x = select(given(self.leaves), select(given(self.joined), self.x + x, self.x), x)
-        self.residual = np.where(self.leaves & ~self.joined, self.residual, residual)
+        self.residual = np.where(self.leaves & ~self.joined, self.residual, self.figures.read(residual))
+
+    def add(self, k: Krylov, x: Array, residual: Array) -> None:
+        """Add the solution of another Krylov space, which is zero for samples that are not in it."""
+        self.x = self.x + x
+        self.residual = np.where(self.figures.read(k.start) > 0, self.figures.read(residual), self.residual)
+
+    def restarts(self, space: KrylovSpace, k: Krylov, most: int) -> Any:
+        """Count the products of a space that has ended, and let samples wait that it brought nearer to their goal.
+
+        Return those that spent more than `most` products, and do not wait.
+        """
+        left, start = self.figures.read(k.residual), self.figures.read(k.start)
+        self.products = self.products + self.figures.read(k.steps)
+        slow = self.figures.read(k.can_grow) & (left > self.goal) & (left <= PROGRESS * start)
+        again = slow & (self.products <= most)
+        if again.any():
+            r = space.residual_vector(k, self.figures.given(again))
+            self.r = self.backend.select(self.figures.given(again), r, self.r)
+            self.waits = self.waits | again
+        return slow & ~again
 
     def until_one_returns(self) -> tuple[Any, Array, Any] | None:
         """Take plain steps, and return what `returned` does, or None if all samples ended."""
@@ -155,12 +168,13 @@ class _Plain:
 
     def residuals(self) -> Any:
         """Return the residuals, but no less than the rounding of A x where the Krylov space does not know x."""
-        if not self.leaves.any():
+        several = self.leaves | self.joined
+        if not several.any():
             return self.residual
         size = self.figures.read(self.backend.to_accum_dtype(self.backend.norm(self.x)))
         rounding = self.backend.eps(self.x) * (1 + RATE**2) ** 0.5 * size  # A r = r − J r
         left = np.where(self.joined, self.residual, self.norm)
-        return np.where(self.leaves, np.maximum(left, rounding), self.residual)
+        return np.where(several, np.maximum(left, rounding), self.residual)
 
     def _step(self, image: Array) -> None:
         """Add r to x and replace it by its `image`, where that is shorter; decide which samples continue."""
@@ -170,9 +184,9 @@ class _Plain:
             norm = self.figures.read(backend.to_accum_dtype(backend.norm(image)))
             self.x = backend.select(given(running & (norm < before)), self.x + self.r, self.x)
         taken = running & (norm < before)  # False for NaN
-        self.products = self.products + running
+        self.steps = self.steps + running
         self.norm = np.where(taken, norm, before)
-        ahead = norm * (norm / self.earlier) ** ((self.planned - self.products) / 2)
+        ahead = norm * (norm / self.earlier) ** ((self.planned - self.steps) / 2)
         self.earlier, self.running = before, taken & (norm > self.goal) & (ahead <= self.goal)
         self.waits = self.waits | (running & ~self.running & (self.norm > self.goal))
         self.r = backend.select(given(taken), image, self.r)

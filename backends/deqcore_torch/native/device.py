@@ -367,6 +367,11 @@ def grow(*parts: Any, **options: Any) -> None:
     return
 
 
+def plain_step(*parts: Any) -> None:
+    """Return None: its decisions are made on the host."""
+    return
+
+
 def reach(*parts: Any) -> None:
     """Return None: there is no native estimate to judge with."""
     return
