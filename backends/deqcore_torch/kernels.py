@@ -11,7 +11,7 @@ from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
 from deqcore.abc.host import HostViews
 from deqcore.abc.inverse_jacobian import InverseJacobian
-from deqcore.abc.kernels import FusedKernels, Krylov
+from deqcore.abc.kernels import ErrorJudged, ErrorTask, FusedKernels, Krylov
 from deqcore.types import Limits, LoopState, Map, StepResult
 from deqcore_torch import compiled
 
@@ -86,10 +86,10 @@ class TorchKernels(FusedKernels):
         native = native_steps(self.backend.host, image)
         return None if native is None else native.plain_step(x, r, image, norm, rows)
 
-    def reach(self, estimate: InverseJacobian, space: Krylov, rows: Tensor) -> Tensor | None:
+    def certify(self, space: Krylov, image: Map, task: ErrorTask) -> ErrorJudged | None:
         native = native_steps(self.backend.host, space.v)
-        norms: Tensor | None = None if native is None else native.reach(estimate, space, rows)
-        return norms
+        judged: ErrorJudged | None = None if native is None else native.certify(space, image, task)
+        return judged
 
     def low_rank(self, basis: History, left: History, right: History, v: Tensor) -> Tensor | None:
         native = native_steps(self.backend.host, v)

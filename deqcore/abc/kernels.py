@@ -27,6 +27,34 @@ class Krylov(NamedTuple):
     dimension: Array  # dimensions added in all, a scalar int32
 
 
+class ErrorTask(NamedTuple):
+    """What `deqcore.linear.certified` asks of one Krylov space. Arrays are `(batch,)`, those of floats wide."""
+
+    rule: tuple[float, ...]  # the fields of `deqcore.linear.rules.Rule`
+    target: float  # largest relative residual and estimated relative error
+    max_vjps: int  # of all spaces of a sample
+    rounding: float  # relative residual that rounding may hide of A u, for a column and a u of norm 1
+    estimate: InverseJacobian | None  # the witness
+    norm: Array  # of the cotangent
+    goal: Array  # residual at which a sample is judged
+    vjps: Array  # spent before (int32)
+    size: Array  # norm of the solution before
+    residual: Array  # relative, before
+    error: Array  # estimated, relative, before
+    met: Array  # bool
+
+
+class ErrorJudged(NamedTuple):
+    """The space that `FusedKernels.certify` has grown, its solution, and the figures of `ErrorTask` after it."""
+
+    space: Krylov
+    x: Array  # (batch, n)
+    residual: Array
+    error: Array
+    met: Array
+    unverified: Array  # bool: the rounding of A u hides the residual
+
+
 class FusedKernels:
     """The fused kernels of a backend. Every method returns None where it has no kernel for these arrays.
 
@@ -130,16 +158,13 @@ class FusedKernels:
         """
         return None
 
-    def reach(self, estimate: InverseJacobian, space: Krylov, rows: Array) -> Array | None:
-        """Return ‖Hᵀr‖ for the residual r that a Krylov space leaves.
+    def certify(self, space: Krylov, image: Map, task: ErrorTask) -> ErrorJudged | None:
+        """Do all rounds of `deqcore.linear.certified` with one space, where each of its decisions is known on the host.
 
         Args:
-            estimate: H, with little regularisation (`apply_transpose_unregularised`).
-            space: the Krylov space.
-            rows: the samples wanted `(batch,)`.
-
-        Returns:
-            `(batch,)`, zero but in `rows`.
+            space: a space that has not grown, without a preconditioner, of A = I − J; it stays what it is.
+            image: the product of J with a basis vector `(batch, n)`. Vectors are projected again where products cancel.
+            task: what is asked.
         """
         return None
 

@@ -6,7 +6,6 @@ from typing import Literal, TypeAlias
 
 from deqcore.abc.backend import Backend
 from deqcore.abc.inverse_jacobian import InverseJacobian
-from deqcore.abc.kernels import Krylov
 from deqcore.linear.certified import Certified, solve_certified
 from deqcore.types import Array, Map, Status
 
@@ -25,27 +24,15 @@ def solve_to_error(
     max_vjps: int,
 ) -> Certified:
     """Solve for the cotangent `g` `(batch, n)` by GMRES from zero, with or without the estimate."""
-
-    def witness(v: Array) -> Array:
-        assert estimate is not None
-        return backend.norm(estimate.apply_transpose_unregularised(v))
-
-    def witness_of_space(space: Krylov, rows: Array) -> Array | None:
-        kernels = backend.kernels
-        return None if kernels is None or estimate is None else kernels.reach(estimate, space, rows)
-
-    judged = estimate is not None and reuse != "none"
-    preconditioned = estimate is not None and reuse == "precondition"
     return solve_certified(
         backend,
         vjp,
         g,
         # −M: a preconditioner's sign changes nothing
-        estimate.prepared().apply_transpose if preconditioned and estimate is not None else None,
+        estimate.prepared().apply_transpose if estimate is not None and reuse == "precondition" else None,
         max_relative_error=max_relative_error,
         max_vjps=max_vjps,
-        judge=witness if judged else None,
-        judge_space=witness_of_space if judged else None,
+        witness=None if reuse == "none" else estimate,
     )
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from deqcore.abc.backend import Backend
-from deqcore.abc.kernels import Krylov
+from deqcore.abc.inverse_jacobian import InverseJacobian
+from deqcore.abc.kernels import ErrorTask, Krylov
 from deqcore.linear.figures import Figures
 from deqcore.linear.gmres import KrylovSpace
 from deqcore.linear.rules import ALONE, DEFLATED, WITNESSED, Rule, estimates, tighter, witnessed
@@ -32,10 +32,6 @@ certified: the recurrence cannot see it."""
 
 PASSES = 3
 """Krylov spaces at most: a measured residual that is too large starts the next one."""
-
-
-JudgeSpace: TypeAlias = Callable[[Krylov, Array], "Array | None"]
-"""`(space, rows) ↦ ‖M' r‖` of the residual that the space leaves, `(batch,)`, for the samples in `rows`; or None."""
 
 
 class Certified(NamedTuple):
@@ -116,8 +112,7 @@ def solve_certified(
     *,
     max_relative_error: float,
     max_vjps: int,
-    judge: Map | None = None,
-    judge_space: JudgeSpace | None = None,
+    witness: InverseJacobian | None = None,
 ) -> Certified:
     """Run GMRES that stops, per sample, when the estimated error meets the target.
 
@@ -149,15 +144,14 @@ def solve_certified(
         precondition: `v ↦ M v`, M ≈ (I − Jᵀ)^-1, or None. It costs passes over its history at every vjp.
         max_relative_error: largest relative residual and largest estimated relative error of a certified sample.
         max_vjps: products with Jᵀ at most, per sample.
-        judge: `v ↦ ‖M' v‖` of each row `(batch,)`, or None.
-        judge_space: the same for the residual of a Krylov space, in fewer passes; it may return None.
+        witness: H with M' = −H, applied transposed and without regularisation; or None.
     """
     norm = backend.to_accum_dtype(backend.norm(g))
     space = KrylovSpace(backend, vjp, precondition, shifted=True)
-    rule = DEFLATED if precondition is not None else ALONE if judge is None else WITNESSED
+    rule = DEFLATED if precondition is not None else ALONE if witness is None else WITNESSED
     figures = Figures.of(backend, norm)
     norm = figures.read(norm)
-    task = _Task(backend, space, figures, g, norm, judge, judge_space, rule, max_relative_error, max_vjps)
+    task = _Task(backend, space, figures, g, norm, witness, rule, max_relative_error, max_vjps)
     with figures.errstate():
         found = task.solved()
     u, *known = found
@@ -173,8 +167,7 @@ class _Task:
     figures: Figures
     g: Array
     norm: Array
-    judge: Map | None
-    judge_space: JudgeSpace | None
+    witness: InverseJacobian | None
     rule: Rule
     max_relative_error: float
     max_vjps: int
@@ -192,22 +185,43 @@ class _Task:
 
     def one_pass(self, p: _Pass) -> _Pass:
         """Build a Krylov space, and measure what it cannot know."""
-        f, xp = self.figures, self.figures.xp
+        f = self.figures
         k = self.space.begin(p.left, self.max_vjps)
         k = k._replace(can_grow=f.given(f.read(k.can_grow) & p.unfinished))
         before = p.found
         again = before.vjps > 0  # before the first space there is no solution that a pass could read
         size = f.when(again, lambda nothing: self._norm(before.u), 0 * self.norm)
         first = _Round(k, p.goal, before.residual, before.error, before.met, self.norm < 0)
-        end = self.backend.loop(
-            lambda r: xp.any(f.read(r.space.can_grow)), lambda r: self._round(p, size, r), first, self.max_vjps, 1
-        )
+        end, u = self._fused(first, before.vjps, size) or self._rounds(p, size, first)
         vjps = before.vjps + f.read(end.space.steps)
-        u = f.when(again, lambda more: before.u + more, self.space.solution(end.space))
+        u = f.when(again, lambda more: before.u + more, u)
         found = Certified(u, end.residual, end.error, vjps, end.met)
         doubtful = end.unverified & (vjps < self.max_vjps)
         after = _Pass(found, p.left, p.goal, doubtful)
         return f.when(doubtful, lambda q: self._measured(q, f.read(self.space.inverse_norm(end.space))), after)
+
+    def _fused(self, r: _Round, vjps: Array, size: Array) -> tuple[_Round, Array] | None:
+        """Let a fused kernel do the rounds, if there is one for these arrays."""
+        kernels, f, space = self.backend.kernels, self.figures, self.space
+        if kernels is None or space.precondition is not None or not f.on_host:
+            return None
+        rounding = ROUNDING * float(self.backend.eps(self.g))
+        asked = (self.norm, r.goal, vjps, size, r.residual, r.error, r.met)
+        target, rule = self.max_relative_error, tuple(vars(self.rule).values())
+        task = ErrorTask(rule, target, self.max_vjps, rounding, self.witness, *(f.given(each) for each in asked))
+        judged = kernels.certify(r.space, space.product, task)
+        if judged is None:
+            return None
+        figures = (f.read(each) for each in judged[2:])
+        return _Round(judged.space, r.goal, *figures), judged.x
+
+    def _rounds(self, p: _Pass, size: Array, first: _Round) -> tuple[_Round, Array]:
+        """Let the space grow until no sample needs it."""
+        f, xp = self.figures, self.figures.xp
+        end = self.backend.loop(
+            lambda r: xp.any(f.read(r.space.can_grow)), lambda r: self._round(p, size, r), first, self.max_vjps, 1
+        )
+        return end, self.space.solution(end.space)
 
     def _round(self, p: _Pass, before: Array, r: _Round) -> _Round:
         """Let the space grow until a sample reaches its goal, and judge the samples that have."""
@@ -275,16 +289,13 @@ class _Task:
 
     def _witnessed(self, k: Krylov, wanted: Array, found: _Estimates) -> Array:
         """Return the estimated error, raised by what M' says of the residual of the `wanted` samples."""
-        f, judge = self.figures, self.judge
-        if judge is None:
+        f = self.figures
+        if self.witness is None:
             return found.error
 
         def raised(error: Array) -> Array:
-            rows = f.given(wanted)
-            reach = None if self.judge_space is None else self.judge_space(k, rows)
-            if reach is None:
-                reach = self.backend.to_accum_dtype(judge(self.space.residual_vector(k, rows)))
-            return f.xp.where(wanted, witnessed(f.xp, self.rule, error, found.other, f.read(reach) / found.size), error)
+            reach = self._reach(self.space.residual_vector(k, f.given(wanted)))
+            return f.xp.where(wanted, witnessed(f.xp, self.rule, error, found.other, reach / found.size), error)
 
         return f.when(wanted, raised, found.error)
 
@@ -293,12 +304,12 @@ class _Task:
 
         Basis vectors with a share of slow modes make M v large, and the rounding of A (M v) with it.
         """
-        f, xp, found, target = self.figures, self.figures.xp, p.found, self.max_relative_error
+        xp, found, target = self.figures.xp, p.found, self.max_relative_error
         left = self.g - self.space.apply(found.u)
         length = self._norm(left)
         reach = length * inverse_norm
-        if self.judge is not None:
-            reach = xp.maximum(reach, JUDGED * f.read(self.backend.to_accum_dtype(self.judge(left))))
+        if self.witness is not None:
+            reach = xp.maximum(reach, JUDGED * self._reach(left))
         size = self._norm(found.u)
         # A singular A lets u grow until rounding hides g: what is measured there may be small by chance.
         residual = xp.maximum(length, self.backend.eps(found.u) * size) / self.norm
@@ -313,3 +324,8 @@ class _Task:
 
     def _norm(self, v: Array) -> Array:
         return self.figures.read(self.backend.to_accum_dtype(self.backend.norm(v)))
+
+    def _reach(self, r: Array) -> Array:
+        """‖M' r‖."""
+        assert self.witness is not None
+        return self._norm(self.witness.apply_transpose_unregularised(r))

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from deqcore.abc.inverse_jacobian import InverseJacobian
-from deqcore.abc.kernels import Krylov
+from deqcore.abc.kernels import ErrorJudged, ErrorTask, Krylov
 from deqcore.linear.lowrank import SHARP, MultisecantInverse
 from deqcore.types import Map
 from deqcore_torch import functorch
 from deqcore_torch.history import TorchHistory
-from deqcore_torch.native import krylov, lowrank
+from deqcore_torch.native import certificates, krylov, lowrank
 from deqcore_torch.native.pool import run
 from deqcore_torch.native.views import VECTORS, everywhere, holds, masks, plain, room, view
 
@@ -170,6 +170,13 @@ def least_squares(space: Krylov, inverse: Tensor | bool) -> tuple[Tensor, ...] |
     return coefficients, *figures
 
 
+NO_SECANTS: Final = (
+    *(np.empty(0, np.int64), 1, 0, everywhere(0, 0), np.empty((0, 0, 0)), np.empty((0, 0, 0))),
+    *(np.empty(0, np.int8), np.empty((0, 2, 0)), np.empty((0, 2, 0))),
+)
+"""What `Secants.read` returns, without pairs."""
+
+
 @dataclass(frozen=True)
 class Secants(InverseJacobian):
     """The multi-secant estimate of Broyden's pairs; products that judge few vectors do not form its system in full.
@@ -209,7 +216,7 @@ class Secants(InverseJacobian):
         seen = masks(basis, basis)[1]
         used = self.pairs.used()
         run(
-            krylov.secants,
+            certificates.secants,
             v.shape[0],
             v.numel() * (used + 2),
             *(view(v), basis.addresses(), basis.store.chunk, seen),
@@ -217,13 +224,18 @@ class Secants(InverseJacobian):
         )
         return out
 
-    def systems(self) -> list[Any]:
-        """Return memory for the system of each sample, which is written when the sample is first judged."""
+    def serves(self, v: Tensor) -> bool:
+        """Return whether `v` `(batch, n)` can be judged by compiled code."""
+        return holds(self.basis, v) and self.basis.store.batch == v.shape[0]
+
+    def read(self) -> tuple[Any, ...]:
+        """Return what compiled code reads, and memory for systems, each written when its sample is first judged."""
+        basis, used = self.basis, self.pairs.used()
         if not self.kept:
-            batch, p = self.basis.store.batch, self.pairs.used()
-            state, small = np.zeros(batch, np.int8), (np.empty((batch, p, p)), np.empty((batch, p, p)))
-            self.kept.extend((state, *small, np.empty((batch, 2, p))))
-        return self.kept
+            batch = basis.store.batch
+            self.kept.extend((np.zeros(batch, np.int8), np.empty((batch, 2, used * used)), np.empty((batch, 2, used))))
+        small = (view(history.store.chunks[0]) for history in (self.gram, self.pairs))
+        return basis.addresses(), basis.store.chunk, used, masks(basis, basis)[1], *small, *self.kept
 
 
 def secants(basis: Any, gram: Any, pairs: Any, whole: Callable[[], MultisecantInverse]) -> InverseJacobian | None:
@@ -231,8 +243,8 @@ def secants(basis: Any, gram: Any, pairs: Any, whole: Callable[[], MultisecantIn
     if not all(type(history) is TorchHistory and history.written for history in (basis, gram, pairs)):
         return None
     small = all(h.store.chunk == h.history_size and h.store.dtype is torch.float64 for h in (gram, pairs))
-    kept = basis.store.dtype in VECTORS and basis.written <= basis.history_size
-    if not small or not kept or basis.used() != pairs.used() or basis.store.like.device.type != "cpu":
+    kept = basis.store.dtype in VECTORS and basis.store.like.device.type == "cpu"
+    if not small or not kept or basis.used() != pairs.used():
         return None
     return Secants(basis, gram, pairs, whole)
 
@@ -255,23 +267,50 @@ def low_rank(basis: Any, left: Any, right: Any, v: Tensor) -> Tensor | None:
     return out
 
 
-def reach(estimate: InverseJacobian, space: Krylov, rows: Tensor) -> Tensor | None:
-    """Return the result of `FusedKernels.reach`, or None if this estimate or space has no native version."""
-    v = space.v
-    if type(estimate) is not Secants or not holds(space.basis, v) or not holds(estimate.basis, v):
+def certify(space: Krylov, image: Map, task: ErrorTask) -> ErrorJudged | None:
+    """Return the result of `FusedKernels.certify`, or None if these histories have no native version."""
+    v, witness = space.v, task.estimate
+    if not (holds(space.basis, v) and holds(space.columns, space.null_vector) and plain(v)):
         return None
-    if estimate.basis.store.batch != v.shape[0] or space.null_vector.dtype is not torch.float64:
+    columns, wide = space.columns, space.null_vector.dtype is torch.float64
+    if not wide or columns.store.chunk != columns.history_size or task.max_vjps > columns.history_size:
         return None
-    basis, secant = space.basis, estimate.basis
-    wanted, norm = view(rows), torch.empty(v.shape[0], dtype=torch.float64)
-    run(
-        krylov.reach,
-        v.shape[0],
-        int(np.count_nonzero(wanted)) * v.shape[1] * (secant.used() + basis.used()),
-        *(view(v), basis.addresses(), basis.store.chunk, basis.used(), masks(basis, basis)[1]),
-        *(view(space.null_vector), view(space.null_norm_sq), view(space.start), wanted),
-        *(secant.addresses(), secant.store.chunk, masks(secant, secant)[1]),
-        *(view(estimate.gram.store.chunks[0]), view(estimate.pairs.store.chunks[0]), SHARP),
-        *(*estimate.systems(), view(norm)),
-    )
-    return norm
+    if witness is not None and not (type(witness) is Secants and witness.serves(v)):
+        return None
+    work = _Certifying(space, task)
+    grown = work.grown(image, task.max_vjps, True, True, False, _none)
+    return None if grown is None else work.judged(grown)
+
+
+class _Certifying(_Growing):
+    """A space that grows until each sample is certified, or can do no more."""
+
+    def __init__(self, space: Krylov, task: ErrorTask) -> None:
+        super().__init__(space, torch.full_like(space.residual, -1.0))
+        pending, goal, estimate = self.waiting.copy(), view(task.goal).copy(), task.estimate
+        rule = np.array([*task.rule, task.target, task.rounding, SHARP])
+        self.x = torch.zeros_like(space.v)
+        self.figures = [view(each).copy() for each in (task.residual, task.error, task.met)]
+        self.figures.append(np.zeros_like(pending))
+        self.fixed: tuple[Any, ...] = (
+            *(self.null_vector, self.null_norm_sq, view(space.start), self.residual, self.can_grow, self.steps),
+            *(self.waiting, pending, rule, task.max_vjps, view(task.norm), goal, view(task.vjps), view(task.size)),
+            *(estimate.read() if isinstance(estimate, Secants) else NO_SECANTS),
+            *(estimate is not None, view(self.x), *self.figures),
+        )
+
+    def _step(self, w: Tensor, twice: bool, shifted: bool) -> None:
+        super()._step(w, twice, shifted)
+        basis, columns = self.basis, self.columns
+        run(
+            certificates.judge,
+            w.shape[0],
+            w.numel() * basis.written,
+            *(view(self.v), basis.addresses(), basis.store.chunk, basis.used(), self.seen),
+            *(view(columns.store.chunks[0]), columns.used(), self.columns_seen),
+            *self.fixed,
+        )
+
+    def judged(self, grown: Krylov) -> ErrorJudged:
+        """Return the result."""
+        return ErrorJudged(grown, self.x, *(torch.from_numpy(each) for each in self.figures))

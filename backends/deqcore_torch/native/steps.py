@@ -18,13 +18,13 @@ from deqcore.solvers.levels import ACCELERATED, NEWTON, PLAIN, Progress, progres
 from deqcore.types import Limits, Map, StepResult
 from deqcore_torch.history import TorchHistory
 from deqcore_torch.native import kernels
-from deqcore_torch.native.linear import grow, least_squares, low_rank, plain_step, reach, secants
+from deqcore_torch.native.linear import certify, grow, least_squares, low_rank, plain_step, secants
 from deqcore_torch.native.pool import run
 from deqcore_torch.native.views import chosen, holds, masks, ones, plain, room, view
 
 __all__ = [
-    "arnoldi", "first_figures", "grow", "keep", "least_squares", "low_rank", "measure", "norm", "plain", "plain_step",
-    "probe", "project", "reach", "secants", "solve_positive", "step",
+    "arnoldi", "certify", "first_figures", "grow", "keep", "least_squares", "low_rank", "measure", "norm", "plain",
+    "plain_step", "probe", "project", "secants", "solve_positive", "step",
 ]  # fmt: skip
 
 LARGEST: Final = 64
