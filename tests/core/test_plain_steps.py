@@ -140,6 +140,25 @@ def test_a_sample_does_not_depend_on_its_batch_mates(be):
         assert alone["x"][0] == pytest.approx(together["x"][row], rel=1e-9, abs=1e-9)
 
 
+def test_a_sample_that_does_not_return_has_the_same_bits_in_any_batch():
+    pytest.importorskip("torch")
+    be = deqcore.get_backend(backend="torch")
+    right, left = np.array([[0.5, 0.3, 0.9, 0.2, 0.45], [0.0, 0.3, 0.0, 0.1, 0.01]])[:, :, None]
+    g = np.random.default_rng(0).standard_normal((5, MANY))
+
+    def run(rows):
+        a, c = be.asarray(right[rows]), be.asarray(left[rows])
+        product = lambda v: a * be.xp.roll(v, 1, axis=1) + c * be.xp.roll(v, -1, axis=1)
+        options = {"rtol": 1e-6, "max_steps": 150, "reorthogonalize": True, "restart": 40}
+        found = plain_or_gmres(be, product, be.asarray(g[rows]), **options)
+        return {name: be.to_numpy(getattr(found, name)) for name in found._fields}
+
+    together = run(slice(None))
+    for row in range(5):
+        for name, value in run(slice(row, row + 1)).items():
+            assert np.array_equal(value[0], together[name][row]), (row, name)
+
+
 def test_fused_kernels_do_what_operations_do(monkeypatch):
     pytest.importorskip("torch")
     be = deqcore.get_backend(backend="torch")
