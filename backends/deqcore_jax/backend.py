@@ -162,6 +162,9 @@ class JaxBackend(Backend):
         once = jnp.sqrt(mask.astype(jnp.float32)) != 0
         return jnp.where(once.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
+    def take(self, x: jax.Array, rows: jax.Array) -> jax.Array:
+        return jnp.take(x, rows, axis=0, mode="clip")  # the default tests each index and fills with NaN
+
     def history(self, like: jax.Array, history_size: int, dtype: str | None = None) -> JaxHistory:
         return JaxHistory.empty(like, history_size, jnp.dtype(dtype) if dtype else None, wide())
 

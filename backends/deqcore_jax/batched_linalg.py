@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deqcore_jax.deferred import deferred
+
 UNROLLED: Final = 2
 """Systems of at most this many unknowns are eliminated without a loop."""
 
@@ -56,7 +58,10 @@ def _solved(a: jax.Array, b: jax.Array, method: Solve, transposed: Solve) -> jax
         return b
     still = lax.stop_gradient(a)
     return lax.custom_linear_solve(
-        lambda x: jnp.matmul(a, x), b, lambda _, y: method(still, y), lambda _, y: transposed(still, y)
+        lambda x: jnp.matmul(a, x),
+        b,
+        lambda _, y: method(still, y),
+        lambda _, y: deferred(lambda y, a: transposed(a, y), y, still),
     )
 
 
@@ -104,21 +109,21 @@ def _eliminate(a: jax.Array, b: jax.Array) -> jax.Array:
     k = a.shape[1]
     rows = jnp.arange(k, dtype=jnp.int32)[None, :]
 
-    def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        m, owner = carry  # owner: which unknown took a row, k where none did
+    def step(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        m, taken, order = carry  # order: the row of each unknown
         column = lax.dynamic_slice_in_dim(m, i, 1, 2)  # (batch, k, 1)
-        size = jnp.where(owner == k, jnp.abs(column[:, :, 0]), -1)
-        chosen = rows == jnp.argmax(size, axis=1).astype(jnp.int32)[:, None]
+        size = jnp.where(taken, -1, jnp.abs(column[:, :, 0]))
+        best = jnp.argmax(size, axis=1).astype(jnp.int32)[:, None]
+        chosen = rows == best
         pivot = jnp.sum(jnp.where(chosen[:, :, None], m, 0), axis=1, keepdims=True)  # (batch, 1, k + r)
         pivot = pivot / lax.dynamic_slice_in_dim(pivot, i, 1, 2)
         m = jnp.where(chosen[:, :, None], pivot, m - column * pivot)
-        return m, jnp.where(chosen, i, owner)
+        return m, taken | chosen, jnp.where(rows == i, best, order)
 
-    nobody = jnp.full_like(a, k, jnp.int32, shape=a.shape[:2])
-    m, owner = _repeat(k, step, (jnp.concatenate([a, b], axis=2), nobody))
-    owns = owner[:, None, :] == jnp.arange(k, dtype=jnp.int32)[None, :, None]  # (batch, unknown, row)
-    order = jnp.sum(jnp.where(owns, rows[:, None, :], 0), axis=2)
-    return jnp.take_along_axis(m[:, :, k:], order[:, :, None], axis=1)
+    none = jnp.zeros_like(a, bool, shape=a.shape[:2])
+    carry = jnp.concatenate([a, b], axis=2), none, none.astype(jnp.int32)
+    m, _, order = _repeat(k, step, carry)
+    return jnp.take_along_axis(m[:, :, k:], order[:, :, None], axis=1, mode="clip")
 
 
 def least_singular_value(a: jax.Array, columns: jax.Array | int | None = None) -> jax.Array:

@@ -39,6 +39,7 @@ from deqcore.types import (
 )
 from deqcore_jax.adjoint_tap import AdjointTap, fill
 from deqcore_jax.closure import Program, is_differentiable
+from deqcore_jax.deferred import deferred
 from deqcore_jax.jit_context import precise
 from deqcore_jax.linearize import Linear, Reverse, forward_only, no_reverse_mode
 
@@ -107,16 +108,27 @@ def _solution(problem: AttachedSolve, linear: Linear, b: jax.Array, state: Tree)
     return lax.custom_linear_solve(
         lambda v: v - linear.jvp(v),
         b,
-        lambda _, b: _solve_tangent(problem, linear, b, state)[0],
+        lambda _, b: _tangent(problem, linear, b, state),
         lambda _, g: _solve_adjoint(problem, linear, g, state)[0],
     )
+
+
+def _tangent(problem: AttachedSolve, linear: Linear, b: jax.Array, state: Tree) -> jax.Array:
+    """Return (I − J)^-1 b, traced only where it is needed: reverse mode drops it."""
+    jvp = linear.jvp
+
+    def solve(b: jax.Array, consts: list[jax.Array], state: Tree) -> jax.Array:
+        return _solve_tangent(problem, lambda v: jvp.at(v, consts), b, state)[0]
+
+    eager = problem.bound.calls_host or jvp.jaxpr.effects  # JAX must see effects
+    return (solve if eager else partial(deferred, solve))(b, jvp.consts, state)
 
 
 def _solution_forward(problem: AttachedSolve, linear: Linear, b: jax.Array, state: Tree) -> jax.Array:
     """Return (I − J)^-1 b for an f without reverse mode."""
 
     def solve(_: Map, b: jax.Array) -> jax.Array:
-        return _solve_tangent(problem, linear, b, state)[0]
+        return _solve_tangent(problem, linear.jvp, b, state)[0]
 
     return forward_only(lax.custom_linear_solve(lambda v: v - linear.jvp(v), b, solve))
 
@@ -164,7 +176,7 @@ def _attach_reverse_bwd(
             lambda v: v - linear.vjp(v),
             g,
             lambda _, b: _solve_adjoint(problem, linear, b, state),
-            lambda _, b: _solve_tangent(problem, linear, b, state),
+            lambda _, b: _solve_tangent(problem, linear.jvp, b, state),
             has_aux=True,
         )
     elif problem.bound.exact:
@@ -216,7 +228,7 @@ def _adjoint_jvp(problem: AttachedSolve, primals: Tree, tangents: Tree) -> tuple
         lambda v: v - linear.vjp(v),
         dg + turned,
         lambda _, b: _solve_adjoint(problem, linear, b, state)[0],
-        lambda _, b: _solve_tangent(problem, linear, b, state)[0],
+        lambda _, b: _solve_tangent(problem, linear.jvp, b, state)[0],
     )
     return (u, report), (du, AdjointReport(*map(_no_tangent, report)))
 
@@ -233,12 +245,10 @@ def _solve_adjoint(
         return problem.bound(linear.vjp, g, *state)
 
 
-def _solve_tangent(
-    problem: AttachedSolve, linear: Linear | Reverse, b: jax.Array, state: Tree
-) -> tuple[jax.Array, AdjointReport]:
+def _solve_tangent(problem: AttachedSolve, jvp: Map, b: jax.Array, state: Tree) -> tuple[jax.Array, AdjointReport]:
     """Return x ≈ (I − J)^-1 b: the same kind of equation, with J v instead of Jᵀu and H instead of Hᵀ."""
     with precise():
-        return problem.bound.transposed()(linear.jvp, b, *state)
+        return problem.bound.transposed()(jvp, b, *state)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

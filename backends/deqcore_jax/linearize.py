@@ -17,6 +17,22 @@ from deqcore.types import Map
 from deqcore_jax.closure import Program, calls
 
 
+class Traced:
+    """A function of one array as a jaxpr `(*consts, x) -> y`, with its constants."""
+
+    def __init__(self, jaxpr: core.Jaxpr, consts: list[jax.Array]) -> None:
+        self.jaxpr, self.consts = jaxpr, consts
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the value at `x`."""
+        return self.at(x, self.consts)
+
+    def at(self, x: jax.Array, consts: list[jax.Array]) -> jax.Array:
+        """Return the value at `x` with these constants."""
+        value: jax.Array = core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, ()))(*consts, x)[0]
+        return value
+
+
 class Linear:
     """df = J dz + Σ_i (∂f/∂leaf_i) dleaf_i, in both modes where f has both.
 
@@ -34,7 +50,7 @@ class Linear:
         moved: positions of the leaves that may move.
     """
 
-    jvp: Map
+    jvp: Traced
     vjp: Map
 
     def __init__(self, program: Program, z: jax.Array, leaves: list[jax.Array], moved: list[int]) -> None:
@@ -183,7 +199,7 @@ def _of_moved(program: Program, leaves: list[jax.Array], moved: list[int]) -> Ca
     return f
 
 
-def _traced(f: Map, example: jax.Array) -> Map:
+def _traced(f: Map, example: jax.Array) -> Traced:
     """Trace f for an input like `example`, without what its output does not need.
 
     The JVP rule of `lax.custom_linear_solve` fails if an input that no product uses has a tangent while the products
@@ -193,8 +209,7 @@ def _traced(f: Map, example: jax.Array) -> Map:
     pure = closed.jaxpr.replace(constvars=[], invars=[*closed.jaxpr.constvars, *closed.jaxpr.invars])
     jaxpr, used = pe.dce_jaxpr(pure, [True], [False] * len(closed.consts) + [True])
     consts = [const for const, needed in zip(closed.consts, used, strict=False) if needed]
-    call = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
-    return lambda x: call(*consts, x)[0]
+    return Traced(jaxpr, consts)
 
 
 def _refuse_reverse(*_: object) -> Never:

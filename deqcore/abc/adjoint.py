@@ -19,6 +19,7 @@ class AdjointSolver(ABC):
         uses_vjp: whether a call may use `vjp`; if not, the graph of z need not be recorded.
         uses_state: whether the solver's state must be kept for the backward pass.
         remembers: whether the strategy has a state and this call keeps it, so that a pass needs `PassInputs`.
+        calls_host: whether a call in compiled code may call the host, for a warning, an error or a measurement.
 
     Example:
         >>> import numpy as np, deqcore
@@ -56,6 +57,11 @@ class AdjointSolver(ABC):
     @abstractmethod
     def remembers(self) -> bool:
         """Whether a pass needs `PassInputs`."""
+
+    @property
+    @abstractmethod
+    def calls_host(self) -> bool:
+        """Whether a call in compiled code may call the host."""
 
     @abstractmethod
     def __call__(

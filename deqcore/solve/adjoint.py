@@ -207,6 +207,11 @@ class Adjoint(AdjointSolver):
             self.memory is not None or not self.backend.capabilities.eager
         )
 
+    @property
+    def calls_host(self) -> bool:
+        """Whether a call in compiled code may call the host."""
+        return self.watch is not None
+
     def transposed(self) -> Adjoint:
         """See `AdjointSolver`."""
         return replace(self, turned=not self.turned)
