@@ -185,12 +185,13 @@ class Controller:
         probes = (s.chosen == 0) & (s.since % PROBE_EVERY == 0)
         return xp.where(probes, xp.ones_like(s.chosen), s.chosen)
 
-    def grown(self, xp: Any, s: Learned, growth: Array, now: Signals) -> Learned:
+    def grown(self, xp: Any, s: Learned, growth: Array, now: Signals, measured: Array | bool | None = None) -> Learned:
         """Compare the free signals with those of the audit, and ask for another one if they have jumped.
 
-        ‖(Jᵀ)^k g‖ / ‖g‖ is compared with its average over the passes since the audit.
+        ‖(Jᵀ)^k g‖ / ‖g‖ is compared with its average over the passes since the audit. `measured` says whether this pass
+        took the vjps of the state, as passes do unless they were recorded without.
         """
-        known, measured = s.growth > 0, self.steps(xp, s) > 0
+        known, measured = s.growth > 0, self.steps(xp, s) > 0 if measured is None else measured
         jumped = known & measured & ((growth > JUMP * s.growth) | (growth * JUMP < s.growth))
         worse = (now.forward > FARTHER * s.forward) & (now.unconverged > 0)
         jumped = jumped | worse | (now.unconverged > s.unconverged + UNCONVERGED)

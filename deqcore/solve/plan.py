@@ -176,7 +176,7 @@ class Plan:
             return self.backend.guards.unshared(forward.z, z0), gradients, forward, None
         forward = self.backend.autodiff.forward_only(f, z0, args, solve)
         adjoint = self.adjoint(f)
-        if adjoint.uses_vjp:
+        if adjoint.next_uses_vjp():
             _, vjp = self.backend.autodiff.linearize(lambda z: f(z, *args), forward.z)
         else:
             vjp = _no_vjp

@@ -104,6 +104,8 @@ class PassInputs(NamedTuple):
         residual: ‖f(z) − z‖ of the forward solve, `(batch,)`.
         pull: products with ∂f/∂θ, or None where nothing but z is differentiated. Each call costs one product with the
             parameters, and no vjp.
+        products: whether vjps may be taken; False only where `StatefulStrategy.next_uses_vjp` said, when f was
+            recorded, that the pass would need none.
 
     Example:
         >>> import numpy as np
@@ -116,6 +118,7 @@ class PassInputs(NamedTuple):
     converged: Array
     residual: Array
     pull: Pull | None
+    products: bool = True
 
 
 def _as_text(
