@@ -48,6 +48,10 @@ class AdjointSolver(ABC):
     def uses_vjp(self) -> bool:
         """Whether a call may use `vjp`."""
 
+    @abstractmethod
+    def next_uses_vjp(self) -> bool:
+        """Return whether the pass of this call may use `vjp`: a strategy's state may know that it does not."""
+
     @property
     @abstractmethod
     def uses_state(self) -> bool:

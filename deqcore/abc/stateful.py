@@ -62,6 +62,14 @@ class StatefulStrategy(Strategy):
     def init_state(self) -> Sequence[float]:
         """Return the state before the first pass. Its length must depend on the options alone."""
 
+    def next_uses_vjp(self, values: Array) -> bool:
+        """Return whether the next pass may call `vjp`, from the state as NumPy reads it, before f is recorded.
+
+        Where it returns False a framework with a tape records f without z, which saves a vjp in each pass. The state
+        may change before the pass (two losses, gradient accumulation): then `PassInputs.products` is False.
+        """
+        return self.uses_vjp()
+
     @abstractmethod
     def solve_with_state(
         self, backend: Backend, vjp: Map, g: Array, estimate: InverseJacobian | None, inputs: PassInputs

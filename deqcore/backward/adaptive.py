@@ -12,7 +12,7 @@ from deqcore.abc.backend import Backend
 from deqcore.abc.backward import relative, report
 from deqcore.abc.inverse_jacobian import InverseJacobian
 from deqcore.abc.stateful import StatefulStrategy
-from deqcore.backward.controller import Controller, Learned, Signals
+from deqcore.backward.controller import Controller, Learned, Signals, nested
 from deqcore.backward.exact_ift import SPACE, ExactIFT
 from deqcore.linear.gmres import KrylovSpace
 from deqcore.linear.norms import default_rtol
@@ -126,6 +126,8 @@ class Adaptive(StatefulStrategy):
         s = rules.unpack(xp, values)
         audit = rules.due(xp, s)
         solves = audit | (s.chosen >= rules.candidates)
+        if xp is np and not (inputs.products and solves):
+            return self._summed(backend, vjp, g, s, now, inputs)
         plain = report(backend, g)
         missed = (s.bound > self.max_relative_error) & (s.chosen < rules.candidates)
         status = plain.status * 0 + backend.xp.where(
@@ -138,9 +140,46 @@ class Adaptive(StatefulStrategy):
         end = backend.cond(_flag(backend, solves, g), task.solved, end)
         return end.u, *task.reported(end, plain)
 
+    def next_uses_vjp(self, values: Array) -> bool:
+        """Return whether the next pass is an audit, is exact, or has k > 0."""
+        rules, s = self.controller, self.learned(values)
+        return bool(rules.due(np, s) | (s.chosen >= rules.candidates) | (rules.steps(np, s) > 0))
+
+    def _summed(
+        self, backend: Backend, vjp: Map, g: Array, s: Learned, now: Signals, inputs: PassInputs
+    ) -> tuple[Array, AdjointReport, Array]:
+        """Sum the powers with the coefficients in force, where decisions are made on the host.
+
+        A pass without products, whose state asks for some since it was recorded, takes the fit of degree 0, or g if the
+        state is new. The audit waits for the next pass.
+        """
+        rules, c = self.controller, s.coefficients
+        k = int(rules.steps(np, s)) if inputs.products else 0
+        unknown = bool((k < s.chosen) | (s.begun == 0))
+        if unknown:
+            eye = np.eye(rules.candidates, dtype=np.float32)
+            c = nested(np, s.gram, s.right, eye)[0] if s.begun > 0 else eye[0]
+        w, u = g, float(c[0]) * g
+        for j in range(k):
+            w = vjp(w)
+            u = u + float(c[j + 1] if j < rules.candidates - 1 else 0.0) * w
+        growth = np.float32(backend.to_numpy(_growth(backend, g, w, s.growth))) if k and len(g) else s.growth
+        after = rules.grown(np, s, growth, now, measured=k > 0)
+        after = after._replace(passes=s.passes + 1, vjps=s.vjps + (k if len(g) else 0))
+        filled = report(backend, g, vjps=k)
+        if unknown or s.bound > self.max_relative_error:
+            filled = filled._replace(status=filled.status * 0 + int(Status.MAX_STEPS))
+        return u, filled, backend.asarray(rules.pack(np, after), like=inputs.values)
+
     def _figures(self, backend: Backend, inputs: PassInputs) -> tuple[Any, Array, Signals]:
         """Return where decisions are made (NumPy, unless the code is traced), the state and the free signals there."""
         xp = backend.xp
+        values, residual, converged = map(backend.host.numpy_view, (inputs.values, inputs.residual, inputs.converged))
+        if values is not None and residual is not None and converged is not None:
+            left = residual[np.isfinite(residual)].astype(np.float64)
+            lost = np.count_nonzero(~converged) / max(1, len(converged))
+            mean = left.sum() / max(1, len(left))
+            return np, values.astype(np.float32), Signals(np.float32(mean), np.float32(lost))
         residual = backend.to_accum_dtype(inputs.residual)
         sound = xp.isfinite(residual)
         count = xp.sum(xp.where(sound, xp.ones_like(residual), xp.zeros_like(residual)))
@@ -183,20 +222,9 @@ class _Task:
 
         k, going = self.xp.astype(self.rules.steps(self.xp, s), self.xp.int32), _flag(backend, ~self.audit, self.g)
         w, u, _ = backend.loop(lambda carry: going, step, start, k)
-        after = self.rules.grown(self.xp, s, self._growth(w), self.now)
+        after = self.rules.grown(self.xp, s, self._small(_growth(backend, self.g, w, s.growth)), self.now)
         vjps = p.vjps + backend.asarray(k, like=p.vjps)
         return p._replace(u=u, vjps=vjps, state=self.rules.pack(self.xp, after))
-
-    def _growth(self, w: Array) -> Array:
-        """Return ‖w‖ / ‖g‖, the mean over samples where it is a number; without samples, what is known."""
-        backend, xp = self.backend, self.backend.xp
-        if not w.shape[0]:
-            return self.s.growth
-        growth = relative(backend, backend.norm(w), backend.norm(self.g))
-        sound = xp.isfinite(growth) & (growth > 0)
-        one, none = xp.ones_like(growth), xp.zeros_like(growth)
-        count = xp.maximum(xp.sum(xp.where(sound, one, none)), one[0])
-        return self._small(xp.sum(xp.where(sound, growth, none)) / count)
 
     def _small(self, x: Array) -> Array:
         """Return an array where decisions are made."""
@@ -283,6 +311,18 @@ class _Task:
         )  # fmt: skip
         state = self.rules.pack(self.xp, after)
         return filled, state if self.xp is not np else backend.asarray(state, like=self.inputs.values)
+
+
+def _growth(backend: Backend, g: Array, w: Array, known: Array) -> Array:
+    """Return ‖w‖ / ‖g‖, the mean over samples where it is a number; without samples, what is known."""
+    xp = backend.xp
+    if not w.shape[0]:
+        return known
+    each = relative(backend, backend.norm(w), backend.norm(g))
+    sound = xp.isfinite(each) & (each > 0)
+    one, none = xp.ones_like(each), xp.zeros_like(each)
+    count = xp.maximum(xp.sum(xp.where(sound, one, none)), one[0])
+    return xp.sum(xp.where(sound, each, none)) / count
 
 
 def _flag(backend: Backend, wanted: Array, like: Array) -> Array:

@@ -9,6 +9,7 @@ All functions take the array namespace `xp`: NumPy in eager code, the framework'
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -33,6 +34,9 @@ UNSEEN: Final = 1.2
 
 LARGEST: Final = 2.0
 """Most that one audit counts as a deviation, so that the start of a training is forgotten soon."""
+
+SMALL: Final = 0.1
+"""Part of the target below which errors count as equal: their scatter there does not show how often it is exceeded."""
 
 EXACT_EVERY: Final = 4.0
 """Most passes between audits while each pass is exact: an audit then costs no vjp, and may show that fewer will do."""
@@ -87,7 +91,7 @@ class Learned(NamedTuple):
         coefficients: of the powers, for `chosen`.
         right: b, averaged, in units of ‖p*‖².
         gram: G `(m, m)`, averaged, in units of ‖p*‖².
-        level: mean logarithm of the error, for each number of vjps.
+        level: mean logarithm of the error, of at least `SMALL` of the target, for each number of vjps.
         deviation: mean deviation of that.
     """
 
@@ -185,12 +189,13 @@ class Controller:
         probes = (s.chosen == 0) & (s.since % PROBE_EVERY == 0)
         return xp.where(probes, xp.ones_like(s.chosen), s.chosen)
 
-    def grown(self, xp: Any, s: Learned, growth: Array, now: Signals) -> Learned:
+    def grown(self, xp: Any, s: Learned, growth: Array, now: Signals, measured: Array | bool | None = None) -> Learned:
         """Compare the free signals with those of the audit, and ask for another one if they have jumped.
 
-        ‖(Jᵀ)^k g‖ / ‖g‖ is compared with its average over the passes since the audit.
+        ‖(Jᵀ)^k g‖ / ‖g‖ is compared with its average over the passes since the audit. `measured` says whether this pass
+        took the vjps of the state, as passes do unless they were recorded without.
         """
-        known, measured = s.growth > 0, self.steps(xp, s) > 0
+        known, measured = s.growth > 0, self.steps(xp, s) > 0 if measured is None else measured
         jumped = known & measured & ((growth > JUMP * s.growth) | (growth * JUMP < s.growth))
         worse = (now.forward > FARTHER * s.forward) & (now.unconverged > 0)
         jumped = jumped | worse | (now.unconverged > s.unconverged + UNCONVERGED)
@@ -219,6 +224,7 @@ class Controller:
         own = nested(xp, gram, right, eye)
         error, cosine = judged(xp, xp.where(first, own, before), gram, right)
         logs = xp.log(xp.where(first, UNSEEN * error, error))
+        logs = xp.maximum(logs, math.log(SMALL * self.target) + 0 * logs)
         off = xp.clip(2.0 * (logs - s.level), 0.0, LARGEST)
         level = s.level + weight * (logs - s.level)
         deviation = xp.where(first, YOUNG + 0 * off, s.deviation + weight * (off - s.deviation))

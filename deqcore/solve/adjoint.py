@@ -115,7 +115,8 @@ class Adjoint(AdjointSolver):
             raise PluginError.returned(
                 name, result[2], f"a state of the shape {tuple(inputs.values.shape)} that it got"
             )
-        return *self._verify_and_report(vjp, g, turn, multiply_rows(self.backend, u, unit), report), result[2]
+        allowed = vjp if inputs.products else None
+        return *self._verify_and_report(allowed, g, turn, multiply_rows(self.backend, u, unit), report), result[2]
 
     def _in_units(self, inputs: PassInputs, unit: Array | None) -> PassInputs:
         """Return products with the parameters of the true u, where `unit` scales its rows."""
@@ -125,7 +126,7 @@ class Adjoint(AdjointSolver):
         return inputs._replace(parameter_vjp=lambda u: parameter_vjp(multiply_rows(self.backend, u, unit)))
 
     def _verify_and_report(
-        self, vjp: Map, g: Array, turn: Array | None, u: Array, report: AdjointReport
+        self, vjp: Map | None, g: Array, turn: Array | None, u: Array, report: AdjointReport
     ) -> tuple[Array, AdjointReport]:
         """Verify, replace and report, as the settings say."""
         job = Pass(self.backend, self.strategy, self.on_failure, vjp if self.uses_vjp else None, g)
@@ -194,6 +195,14 @@ class Adjoint(AdjointSolver):
     def uses_vjp(self) -> bool:
         """Whether the backward pass may call `vjp`."""
         return self.strategy.uses_vjp()
+
+    def next_uses_vjp(self) -> bool:
+        """See `AdjointSolver`; a state on a device that would have to be waited for is not read."""
+        strategy, kept = self.strategy, None if self.memory is None else self.memory.values
+        if not self.uses_vjp or not isinstance(strategy, StatefulStrategy) or kept is None:
+            return self.uses_vjp
+        values = self.backend.host.numpy_view(kept)
+        return values is None or len(values) != len(strategy.init_state()) or strategy.next_uses_vjp(values)
 
     @property
     def uses_state(self) -> bool:

@@ -37,7 +37,7 @@ def differentiate(
     forward = plan.backend.autodiff.forward_only(f, z0, args, solve)
     adjoint = plan.adjoint(f)
     vjp: Map = refuse_vjp
-    if adjoint.uses_vjp:
+    if adjoint.next_uses_vjp():
         _, vjp = plan.backend.autodiff.linearize(lambda z: f(z, *args), forward.z)
     with plan.backend.errstate():
         start = time.perf_counter()

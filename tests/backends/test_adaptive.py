@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from deqcore.backward.adaptive import Adaptive
 from deqcore.backward.controller import RIDGE, judged, nested
 from deqcore.linear.gmres import KrylovSpace
 from deqcore.linear.powers import ENTRIES, powers_gram
+from deqcore.types import Status
 
 torch = pytest.importorskip("torch")
 from deqcore_torch.nn import DEQ, synchronize_strategies  # noqa: E402
@@ -272,6 +274,74 @@ def test_autocast_audits():
     found = learned(layer)
     assert found.audits + found.excluded >= 2
     assert torch.isfinite(own_gradient(layer)).all()
+
+
+class Watched(torch.autograd.Function):
+    """Identity on z that notes whether its product is wanted."""
+
+    wanted: ClassVar[list[bool]] = []
+
+    @staticmethod
+    def forward(ctx, z):
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx, g):
+        Watched.wanted.append(True)
+        return g
+
+
+class WatchedCell(Cell):
+    def forward(self, z, x):
+        return super().forward(Watched.apply(z), x)
+
+
+def test_a_pass_without_a_vjp_differentiates_nothing_with_respect_to_z():
+    layer = DEQ(WatchedCell(0.05), **ADAPTIVE)
+    spent = []
+    for step in range(16):
+        x, g = batch(step)
+        Watched.wanted.clear()
+        sol = layer.solve(x)
+        (sol.value * g).sum().backward()
+        spent.append((int(sol.backward.vjps.max()), len(Watched.wanted)))
+    none = [products for vjps, products in spent if vjps == 0]
+    assert len(none) >= 6
+    assert not any(none)
+    assert all(products > 0 for vjps, products in spent if vjps > 0)
+
+
+def test_a_pass_recorded_without_z_leaves_the_audit_to_the_next():
+    """Two losses: the pass of the first changes the state after f of the second was recorded."""
+    layer = DEQ(Cell(0.05), **ADAPTIVE)
+    rules, seed = Adaptive().controller, 0
+    while learned(layer).audits < 4 or Adaptive().next_uses_vjp(layer.strategy_state.numpy()):
+        x, g = batch(seed := seed + 1)
+        (layer(x) * g).sum().backward()
+    x, g = batch(100)
+    cases = [(1.0, 0.0, Status.CONVERGED), (1.0, 2.0, Status.MAX_STEPS), (0.0, 0.0, Status.MAX_STEPS)]
+    for begun, chosen, status in cases:  # the last state is a new one
+        sol, s = layer.solve(x), learned(layer)
+        raised = s._replace(jumped=np.float32(1), chosen=np.float32(chosen), square=np.float32(chosen**2))
+        changed = rules.pack(np, raised) if begun else np.asarray(rules.initial(), np.float32)
+        layer.strategy_state.copy_(torch.from_numpy(changed))
+        layer.zero_grad()
+        (sol.value * g).sum().backward()
+        report = sol.backward
+        assert (report.vjps == 0).all()
+        assert (report.status == int(status)).all()
+        fit = nested(np, s.gram, s.right, np.eye(rules.candidates))[0, 0] if begun else 1.0
+        free = DEQ(layer.cell, **(ADAPTIVE | {"backward__strategy": "jacobian-free"}))
+        found = own_gradient(layer)
+        layer.zero_grad()
+        (free(x) * g).sum().backward()
+        torch.testing.assert_close(found, fit * own_gradient(layer), rtol=1e-4, atol=1e-6)
+        assert Adaptive().next_uses_vjp(layer.strategy_state.numpy())
+        audits = learned(layer).audits
+        (layer(x) * g).sum().backward()
+        assert learned(layer).audits == audits + 1
+        while Adaptive().next_uses_vjp(layer.strategy_state.numpy()):
+            (layer(x) * g).sum().backward()
 
 
 def test_audit_every_beyond_the_training():

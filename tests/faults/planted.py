@@ -172,8 +172,8 @@ STRATEGIES = [
     Fault(
         "sign of the powers",
         ADAPTIVE,
-        "            return w, u + c[0] * w, backend.xp.roll(c, -1)\n",
-        "            return w, u - c[0] * w, backend.xp.roll(c, -1)\n",
+        "            u = u + float(",
+        "            u = u - float(",
         "strategy adaptive",
         "test_the_gradient_of_the_batch_is_as_good_as_promised",
         "of the steps have an error above",
@@ -198,6 +198,15 @@ STRATEGIES = [
         "one rank audits, and the other does not",
     ),
     Fault(
+        "an audit for which f is recorded without z",
+        ADAPTIVE,
+        "        return bool(rules.due(np, s) | (s.chosen >= rules.candidates) | (rules.steps(np, s) > 0))\n",
+        "        return bool((s.chosen >= rules.candidates) | (rules.steps(np, s) > 0))\n",
+        "strategy adaptive",
+        "test_a_pass_that_needs_no_vjp_is_the_same_without",
+        "next_uses_vjp",
+    ),
+    Fault(
         "a state that is kept although it is not finite",
         CONTROLLER,
         "        values = xp.where(xp.all(xp.isfinite(values)), values, xp.zeros_like(values))\n",
@@ -209,8 +218,8 @@ STRATEGIES = [
     Fault(
         "the growth of no samples is not a number",
         ADAPTIVE,
-        "        if not w.shape[0]:\n            return self.s.growth\n",
-        "        if not w.shape[0]:\n            return self.s.growth * float('nan')\n",
+        " if k and len(g) else s.growth\n",
+        " if k and len(g) else s.growth * float('nan')\n",
         "strategy adaptive",
         "test_a_batch_without_samples_makes_it_forget_nothing",
         "vjps beside empty batches",

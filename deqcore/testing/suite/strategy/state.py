@@ -15,7 +15,7 @@ from deqcore.abc.stateful import StatefulStrategy
 from deqcore.options import option_values
 from deqcore.testing.suite.base import Conformance, several
 from deqcore.testing.suite.fixtures import Affine, Kit, close
-from deqcore.testing.suite.strategy.equations import check_statuses
+from deqcore.testing.suite.strategy.equations import check_statuses, no_vjp
 from deqcore.types import AdjointReport, Array, PassInputs, Status
 
 BATCH, N = 12, 8
@@ -223,6 +223,24 @@ class StateTests(Conformance):
             assert audits[0] == audits[1], f"in pass {step} one rank audits, and the other does not"
             if not audits[0] and not np.isfinite(one.residual).any():
                 assert one.vjps.max() == two.vjps.max(), f"in pass {step} ranks take {one.vjps} and {two.vjps} vjps"
+
+    def test_a_pass_that_needs_no_vjp_is_the_same_without(self, training: Training) -> None:
+        """Refuse `vjp` where `next_uses_vjp` says that a pass takes none: there f is recorded without z."""
+        kit, strategy = training.kit, training.strategy
+        if not kit.eager:
+            pytest.skip("compiled code records f for every state")
+        for batch, _ in zip(batches(0.05, 14), range(12), strict=False):
+            values = training.values
+            u, report = training.step(batch)
+            if strategy.next_uses_vjp(kit.numpy(values)):
+                continue
+            assert not report.vjps.any(), f"next_uses_vjp says that none is taken, but the pass took {report.vjps}"
+            g, size = kit.array(batch.g, training.dtype), len(batch.g)
+            known = kit.array(np.full(size, True), "bool"), kit.array(np.full(size, 1e-6), training.dtype)
+            inputs = PassInputs(values, *known, None, products=False)
+            alone, _, after = strategy.solve_with_state(kit.backend, no_vjp, g, None, inputs)
+            assert np.array_equal(kit.numpy(alone), u), "next_uses_vjp: u without vjps is another one"
+            assert np.array_equal(kit.numpy(after), kit.numpy(training.values)), "next_uses_vjp: another state"
 
     def test_a_state_that_is_not_finite_counts_as_a_new_one(self, training: Training) -> None:
         batch = next(batches(0.8, 8))
