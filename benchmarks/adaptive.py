@@ -349,7 +349,10 @@ def main() -> None:
         return
     task, runs = Task.of(options.task, options.data, options.work.resolve()), []
     seeds, task = (1, replace(task, epochs=2)) if options.quick else (options.seeds, task)
-    for name, backward in contenders(options.target or list(TARGETS)).items():
+    strategies = contenders(options.target or list(TARGETS))
+    if unknown := set(options.only or ()) - set(strategies):
+        parser.error(f"--only: unknown {sorted(unknown)}; choose from {list(strategies)}")
+    for name, backward in strategies.items():
         if options.only and name not in options.only:
             continue
         for seed in range(options.first, options.first + seeds):
