@@ -9,7 +9,7 @@ from deqcore.abc.backend import Backend
 from deqcore.abc.inverse_jacobian import InverseJacobian
 from deqcore.abc.kernels import ErrorTask, Krylov
 from deqcore.linear.figures import Figures
-from deqcore.linear.gmres import KrylovSpace
+from deqcore.linear.gmres import KrylovSpace, visible
 from deqcore.linear.rules import ALONE, DEFLATED, WITNESSED, Rule, estimates, tighter, witnessed
 from deqcore.types import Array, Map
 
@@ -155,7 +155,7 @@ def solve_certified(
     with figures.errstate():
         found = task.solved()
     u, *known = found
-    return Certified(u, *(figures.given(each) for each in known))
+    return Certified(visible(backend, u, figures.given(norm)), *(figures.given(each) for each in known))
 
 
 @dataclass(frozen=True)

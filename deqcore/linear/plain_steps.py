@@ -66,13 +66,13 @@ def plain_or_gmres(
         if plain.others.any():
             k = riding.grow(k, goal, restart - LOOK, joining=plain.returned)
             plain.begin(*ended(space, k, None))
-        spent = plain.restarts(space, k, max_steps - restart)
+        spent = plain.restarts(space, k, plain.others, max_steps - restart)
         while (returned := plain.until_one_returns()) is not None:
             rows, r, _ = returned
             k = space.begin(backend.select(given(rows), r, backend.xp.zeros_like(r)), restart)
             k = riding.grow(k, goal, restart, joining=plain.returned)
             plain.add(k, *ended(space, k, None))
-            spent = spent | plain.restarts(space, k, max_steps - restart)
+            spent = spent | plain.restarts(space, k, rows, max_steps - restart)
         residual = plain.residuals()
         converged = (residual <= plain.goal) & np.isfinite(residual)
     fields = residual, plain.products + plain.steps, converged, spent
@@ -137,15 +137,16 @@ class _Plain:
         self.x = self.x + x
         self.residual = np.where(self.figures.read(k.start) > 0, self.figures.read(residual), self.residual)
 
-    def restarts(self, space: KrylovSpace, k: Krylov, most: int) -> Any:
+    def restarts(self, space: KrylovSpace, k: Krylov, whole: Any, most: int) -> Any:
         """Count the products of a space that has ended, and let samples wait that it brought nearer to their goal.
 
-        Return those that spent more than `most` products, and do not wait.
+        Those that were not in the `whole` space wait, too: it may have had one dimension left for them. Return the
+        samples that spent more than `most` products, and do not wait. Those before a sample left do not count.
         """
         left, start = self.figures.read(k.residual), self.figures.read(k.start)
         self.products = self.products + self.figures.read(k.steps)
-        slow = self.figures.read(k.can_grow) & (left > self.goal) & (left <= PROGRESS * start)
-        again = slow & (self.products <= most)
+        slow = self.figures.read(k.can_grow) & (left > self.goal) & (~whole | (left <= PROGRESS * start))
+        again = slow & (self.products - LOOK * self.leaves <= most)
         if again.any():
             r = space.residual_vector(k, self.figures.given(again))
             self.r = self.backend.select(self.figures.given(again), r, self.r)

@@ -140,6 +140,7 @@ def test_zero_and_nan_cotangents_stay_in_their_rows(be):
     assert (report.vjps[0], report.residual[0], report.error[0]) == (0, 0.0, 0.0)
     assert report.status.tolist() == [int(Status.CONVERGED), int(Status.NONFINITE), int(Status.CONVERGED)]
     assert np.isnan(report.residual[1])
+    assert np.isnan(u[1]).all()
     assert residual(jacobian, g, u)[2] <= 0.05
 
 
@@ -365,6 +366,17 @@ def test_a_cotangent_of_zero_and_one_of_nan_are_told_apart(be):
     assert report.status.tolist() == [int(Status.CONVERGED), int(Status.NONFINITE), int(Status.CONVERGED)]
     assert not u[0].any()
     assert (report.vjps[0], report.error[0]) == (0, 0.0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_cotangent_gives_nan_in_its_row_alone_and_in_a_batch(be, bad):
+    rng = np.random.default_rng(32)
+    jacobian, g = np.stack([spectrum(rng, 0, 0.4, 0.4)] * 2), rng.standard_normal((2, N))
+    g[1, 4] = bad
+    for rows in (slice(0, 2), slice(1, 2)):
+        u, _ = exact_ift(be, jacobian[rows], g[rows], max_relative_error=0.1)
+        assert np.isnan(u[-1]).all()
+        assert np.isfinite(u[:-1]).all()
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,40 @@ def test_a_sample_that_returns_joins_the_space_of_the_others(steps):
     assert len(calls) == found["products"].max()
 
 
+def shifted(weights, b, **options):
+    """Solve x = b + J x, with J v = w v, moved by one entry, and all of b in the first entry."""
+    be = deqcore.get_backend(backend="torch")
+    stored, first = be.asarray(weights), np.zeros(weights.shape)
+    first[:, 0] = b
+    options = {"rtol": 1e-10, "max_steps": 200, "reorthogonalize": True, "restart": 40} | options
+    found = plain_or_gmres(be, lambda v: be.xp.roll(stored * v, 1, axis=1), be.asarray(first), **options)
+    return be.to_numpy(found.converged).tolist(), be.to_numpy(found.products).tolist()
+
+
+def test_a_sample_that_joins_at_the_last_dimension_begins_again(steps):
+    """Its one dimension gains a twentieth where J triples the residual. A whole space that gains this little stalls."""
+    pytest.importorskip("torch")
+    weights = np.full((2, 700), 0.6)
+    weights[1] = 0.97
+    for tripled in (37, 38, 39):
+        weights[0] = 0.6
+        weights[0, tripled] = 3.0
+        converged, products = shifted(weights, 1.0)
+        assert converged == [True, False]
+        assert products[0] <= 52
+    assert steps
+
+
+def test_the_steps_before_a_sample_left_are_not_in_its_budget(steps):
+    """Five whole spaces remain for a sample that returns, as for one that never left."""
+    pytest.importorskip("torch")
+    weights = np.full((1, 700), 0.6)
+    weights[0, 10:] = 0.97
+    _, products = shifted(weights, 1.0)
+    assert products[0] >= 200
+    assert steps
+
+
 def test_a_sample_does_not_depend_on_its_batch_mates(be):
     j, b, _ = systems()
     together = solved(be, j, b)
