@@ -21,16 +21,20 @@ OTHER_NAMES: Final = {
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """Return `` Did you mean 'x'?`` for the nearest known name, of the same section if there is one; or ``""``."""
+    """Return `` Did you mean 'x'?`` for the nearest known name, or ``""``.
+
+    In ``forward__rtol`` and the like the section counts more than the rest, unless another section has just this rest.
+    """
     known = list(known)
-    section = next((given[: given.rindex(mark)] + mark for mark in ("__", ".") if mark in given), "")
-    names = {name.removeprefix(section): name for name in known if name.startswith(section)}
-    if not names:
-        names, section = dict(zip(known, known, strict=True)), ""
-    name = given.removeprefix(section)
+    head, mark, name = given.rpartition("__" if "__" in given else ".")
+    section = {other.removeprefix(head + mark): other for other in known if other.startswith(head + mark)}
     today = OTHER_NAMES.get(name)
-    near = [today] if today in names else difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f" Did you mean {names[near[0]]!r}?" if near else ""
+    near = [section[today]] if today in section else [other for other in known if mark and other.endswith(mark + name)]
+    if not near:
+        near = [section[other] for other in difflib.get_close_matches(name, section, n=1, cutoff=0.5)]
+    if not near:
+        near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def listing(known: Iterable[str]) -> str:

@@ -38,7 +38,7 @@ class CellWatch:
 
     @contextmanager
     def over(self, cell: Any, training: bool) -> Iterator[None]:
-        """CellWatch one solve.
+        """Watch one solve.
 
         Args:
             cell: a module; anything else is not checked.

@@ -1,12 +1,10 @@
 """The contract of a backend: PyTorch, JAX, NumPy and any fourth framework fulfil it.
 
-Read this file first, `solver.py` second, `backward.py` third.
-
-The contract has three layers. Ordinary array mathematics goes through the **array namespace** `Backend.xp` (the array
-API standard). Operations outside that standard are methods of **Backend**: frozen rows, loops, transfers to the host,
-and histories. What only some readers need is in **parts** of a backend, a file each: `autodiff`, `linalg`,
-`guards`, `numbers`, `host`, `kernels` and `harness`. The **History** is the only large object in a solver, and its
-products are the only hot loops outside f, so a backend owns its storage.
+Read this file first, `solver.py` second, `backward.py` third. The contract has three layers. Ordinary array mathematics
+goes through the **array namespace** `Backend.xp` (the array API standard). Operations outside that standard are methods
+of **Backend**: frozen rows, loops, transfers to the host, and histories. What only some readers need is in **parts** of
+a backend, a file each: `autodiff`, `linalg`, `guards`, `numbers`, `host`, `kernels` and `harness`. The **History** is
+the only large object in a solver, and its products are the only hot loops outside f, so a backend owns its storage.
 
 Requirements that every backend keeps, and that `deqcore.testing` checks:
 
@@ -194,8 +192,7 @@ class Backend(ABC):
     def history(self, like: Array, history_size: int, dtype: str | None = None) -> History:
         """Return an empty history for vectors like `like` `(batch, n)`, stored in `dtype` (default: the vectors' own).
 
-        If the framework records a gradient through `like`, the history is functional: nothing is written in place, so
-        that steps can be differentiated through. The default is always functional.
+        While a gradient is recorded through `like`, nothing is written in place, because steps need the old vectors.
         """
         from deqcore.abc.functional_history import FunctionalHistory
 
@@ -237,8 +234,7 @@ class Backend(ABC):
     ) -> LoopVars:
         """Return `body(carry)` if any of `wanted` `(batch,)` of bool holds, and `otherwise(carry)` if none does.
 
-        Both return one structure with the same shapes and dtypes, which may be another one than that of `carry`. Only
-        one of them runs, also in traced code.
+        Both return the same structure, shapes and dtypes, which may differ from those of `carry`. Only one runs.
         """
         return (body if bool(self.xp.any(wanted)) else otherwise)(carry)
 

@@ -267,6 +267,8 @@ def test_a_state_of_another_framework_is_refused():
             ["no option 'target'", "Did you mean 'max_relative_error'?"],
         ),
         ({"forward__rtoll": 1e-3}, ConfigError, ["rtoll", "Did you mean 'forward__rtol'?"]),
+        ({"backward__solver": "picard"}, ConfigError, ["backward__solver", "Did you mean 'forward__solver'?"]),
+        ({"forward__strategy": "phantom"}, ConfigError, ["forward__strategy", "Did you mean 'backward__strategy'?"]),
         ({"forward__rtol": -1e-3}, ConfigError, ["rtol must be", "(got -0.001)", "finite number >= 0"]),
         ({"forward__rtol": float("nan")}, ConfigError, ["rtol must be", "(got nan)", "finite number >= 0"]),
         ({"forward__atol": -1.0}, ConfigError, ["atol must be", "(got -1.0)"]),
