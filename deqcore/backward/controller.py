@@ -9,7 +9,6 @@ All functions take the array namespace `xp`: NumPy in eager code, the framework'
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -34,9 +33,6 @@ UNSEEN: Final = 1.2
 
 LARGEST: Final = 2.0
 """Most that one audit counts as a deviation, so that the start of a training is forgotten soon."""
-
-SMALL: Final = 0.1
-"""Part of the target below which errors count as equal: their scatter there does not show how often it is exceeded."""
 
 EXACT_EVERY: Final = 4.0
 """Most passes between audits while each pass is exact: an audit then costs no vjp, and may show that fewer will do."""
@@ -91,7 +87,7 @@ class Learned(NamedTuple):
         coefficients: of the powers, for `chosen`.
         right: b, averaged, in units of ‖p*‖².
         gram: G `(m, m)`, averaged, in units of ‖p*‖².
-        level: mean logarithm of the error, of at least `SMALL` of the target, for each number of vjps.
+        level: mean logarithm of the error, for each number of vjps.
         deviation: mean deviation of that.
     """
 
@@ -224,7 +220,6 @@ class Controller:
         own = nested(xp, gram, right, eye)
         error, cosine = judged(xp, xp.where(first, own, before), gram, right)
         logs = xp.log(xp.where(first, UNSEEN * error, error))
-        logs = xp.maximum(logs, math.log(SMALL * self.target) + 0 * logs)
         off = xp.clip(2.0 * (logs - s.level), 0.0, LARGEST)
         level = s.level + weight * (logs - s.level)
         deviation = xp.where(first, YOUNG + 0 * off, s.deviation + weight * (off - s.deviation))

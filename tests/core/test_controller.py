@@ -61,7 +61,7 @@ class Model:
             square = c @ gram @ c
             errors[k] = math.sqrt(max(1 - 2 * c @ right + square, LOWEST**2))
             cosines[k] = c @ right / math.sqrt(square) if square > 0 else 0.0
-        logs = np.log(np.maximum(errors * (1.2 if first else 1.0), 0.1 * self.target))
+        logs = np.log(errors * (1.2 if first else 1.0))
         excess = np.clip(2 * (logs - self.level), 0, 2)
         self.deviation = np.full(self.m, 0.15) if first else (1 - weight) * self.deviation + weight * excess
         self.level = (1 - weight) * self.level + weight * logs
