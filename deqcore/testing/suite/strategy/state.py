@@ -225,7 +225,7 @@ class StateTests(Conformance):
                 assert one.vjps.max() == two.vjps.max(), f"in pass {step} ranks take {one.vjps} and {two.vjps} vjps"
 
     def test_a_pass_that_needs_no_vjp_is_the_same_without(self, training: Training) -> None:
-        """Where `next_uses_vjp` says that a pass takes none, f is recorded without z, and `vjp` cannot be called."""
+        """Run a pass without `vjp` where `next_uses_vjp` says that it takes none: f is recorded without z then."""
         kit, strategy = training.kit, training.strategy
         if not kit.eager:
             pytest.skip("compiled code records f for every state")
