@@ -40,7 +40,6 @@ def _masked(plan: Plan, f: Callable[..., Tree], z0: Tree, mask: Any) -> tuple[Pl
     """Return the plan and f for the units of the mask."""
     if mask is None:
         return plan, f
-
     units = checked(plan.space, mask)
     return plan._replace(mask=units), masked(plan.backend, f, z0, units)
 
