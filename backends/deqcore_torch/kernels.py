@@ -11,7 +11,7 @@ from deqcore.abc.backend import Backend
 from deqcore.abc.history import History
 from deqcore.abc.host import HostViews
 from deqcore.abc.inverse_jacobian import InverseJacobian
-from deqcore.abc.kernels import ErrorJudged, ErrorTask, FusedKernels, Krylov
+from deqcore.abc.kernels import ErrorJudged, ErrorTask, FusedKernels, Krylov, NextJoining
 from deqcore.types import Limits, LoopState, Map, StepResult
 from deqcore_torch import compiled
 
@@ -69,7 +69,7 @@ class TorchKernels(FusedKernels):
         twice: bool,
         shifted: bool,
         together: bool,
-        joining: Callable[[], tuple[Any, Tensor, Any] | None] | None = None,
+        joining: NextJoining | None = None,
     ) -> Krylov | None:
         native = native_steps(self.backend.host, space.v)
         larger: Krylov | None = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from deqcore.abc.arrays import ArrayOps
 from deqcore.abc.history import History
@@ -30,7 +30,7 @@ class Krylov(NamedTuple):
 class ErrorTask(NamedTuple):
     """What `deqcore.linear.certified` asks of one Krylov space. Arrays are `(batch,)`, those of floats wide."""
 
-    rule: tuple[float, ...]  # the fields of `deqcore.linear.rules.Rule`
+    rule: tuple[float, ...]  # a `deqcore.linear.rules.Rule`
     target: float  # largest relative residual and estimated relative error
     max_vjps: int  # of all spaces of a sample
     rounding: float  # relative residual that rounding may hide of A u, for a column and a u of norm 1
@@ -53,6 +53,17 @@ class ErrorJudged(NamedTuple):
     error: Array
     met: Array
     unverified: Array  # bool: the rounding of A u hides the residual
+
+
+class Joining(NamedTuple):
+    """Samples that begin their Krylov space again, while that of others grows."""
+
+    rows: Any  # which they are `(batch,)`, a NumPy array of bool
+    vectors: Array  # that the spaces begin with, in these rows `(batch, n)`
+    norms: Any  # of the vectors `(batch,)`, a NumPy array
+
+
+NextJoining: TypeAlias = Callable[[], Joining | None]
 
 
 class FusedKernels:
@@ -122,7 +133,7 @@ class FusedKernels:
         twice: bool,
         shifted: bool,
         together: bool,
-        joining: Callable[[], tuple[Any, Array, Any] | None] | None = None,
+        joining: NextJoining | None = None,
     ) -> Krylov | None:
         """Do all of `deqcore.linear.gmres.KrylovSpace.grow`, where each of its decisions is known on the host.
 
@@ -134,9 +145,8 @@ class FusedKernels:
             twice: project again where products cancel, see `deqcore.linear.norms.orthogonalize`.
             shifted: A = I − J, and `image` is the product with J.
             together: end as soon as one of the samples that were asked to grow is done.
-            joining: asked before each product for samples that begin their space again: a mask `(batch,)`, a NumPy
-                array, vectors `(batch, n)` and their norms `(batch,)`, a NumPy array; or None. What these samples had
-                in `space` is lost. A kernel need not ask.
+            joining: asked before each product. What the samples of its answer had in `space` is lost. A kernel need not
+                ask.
 
         Returns:
             The space with more dimensions.

@@ -207,8 +207,8 @@ class _Task:
             return None
         rounding = ROUNDING * float(self.backend.eps(self.g))
         asked = (self.norm, r.goal, vjps, size, r.residual, r.error, r.met)
-        target, rule = self.max_relative_error, tuple(vars(self.rule).values())
-        task = ErrorTask(rule, target, self.max_vjps, rounding, self.witness, *(f.given(each) for each in asked))
+        target = self.max_relative_error
+        task = ErrorTask(self.rule, target, self.max_vjps, rounding, self.witness, *(f.given(each) for each in asked))
         judged = kernels.certify(r.space, space.product, task)
         if judged is None:
             return None

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from deqcore.abc.backend import Backend
-from deqcore.abc.kernels import Krylov
+from deqcore.abc.kernels import Krylov, NextJoining
 from deqcore.linear.norms import orthogonalize
 from deqcore.types import Array, Map
 
@@ -230,7 +229,7 @@ class KrylovSpace:
         steps: int | Array,
         *,
         together: bool = False,
-        joining: Callable[[], tuple[Any, Array, Any] | None] | None = None,
+        joining: NextJoining | None = None,
     ) -> Krylov:
         """Add dimensions until each residual is at most `goal` `(batch,)`, `steps` at most.
 

@@ -64,8 +64,7 @@ def opened(
     goal = rtol * backend.to_accum_dtype(size)
     plain = _plain_steps(backend, product, b, size, goal, planned_steps(rtol))
     met = (plain.norm <= goal) & xp.isfinite(plain.norm)
-    rounding = backend.eps(b) * (1 + RATE**2) ** 0.5 * backend.to_accum_dtype(backend.norm(plain.x))
-    residual = xp.maximum(plain.norm, rounding)  # of A x, where A r = r − J r
+    residual = xp.maximum(plain.norm, rounding_of_steps(backend, plain.x, b))
     ended = LinearSolution(plain.x, residual, plain.products, met & (residual <= goal), ~met)
 
     def by_gmres(ended: LinearSolution) -> LinearSolution:
@@ -85,6 +84,14 @@ def opened(
 
     solution: LinearSolution = backend.choose(~met, by_gmres, lambda same: same, ended)
     return solution
+
+
+def rounding_of_steps(backend: Backend, x: Array, like: Array) -> Array:
+    """Return the residual `(batch,)` that rounding hides of x, a sum of plain steps r in the dtype of `like`.
+
+    A r = r − J r.
+    """
+    return backend.eps(like) * (1 + RATE**2) ** 0.5 * backend.to_accum_dtype(backend.norm(x))
 
 
 def planned_steps(rtol: float) -> int:

@@ -8,10 +8,10 @@ from typing import Any, Final
 import numpy as np
 
 from deqcore.abc.backend import Backend
-from deqcore.abc.kernels import Krylov
+from deqcore.abc.kernels import Joining, Krylov
 from deqcore.linear.figures import Figures
 from deqcore.linear.gmres import PROGRESS, KrylovSpace, LinearSolution, ended, visible
-from deqcore.linear.opening import RATE, STEPS, planned_steps
+from deqcore.linear.opening import STEPS, planned_steps, rounding_of_steps
 from deqcore.types import Array, Map
 
 MANY: Final = 512
@@ -68,7 +68,7 @@ def plain_or_gmres(
             plain.begin(*ended(space, k, None))
         spent = plain.restarts(space, k, plain.others, max_steps - restart)
         while (returned := plain.until_one_returns()) is not None:
-            rows, r, _ = returned
+            rows, r = returned.rows, returned.vectors
             k = space.begin(backend.select(given(rows), r, backend.xp.zeros_like(r)), restart)
             k = riding.grow(k, goal, restart, joining=plain.returned)
             plain.add(k, *ended(space, k, None))
@@ -153,27 +153,26 @@ class _Plain:
             self.waits = self.waits | again
         return slow & ~again
 
-    def until_one_returns(self) -> tuple[Any, Array, Any] | None:
+    def until_one_returns(self) -> Joining | None:
         """Take plain steps, and return what `returned` does, or None if all samples ended."""
         while self.running.any() and not self.waits.any():
             self._step(self.product(self.r))
         return self.returned()
 
-    def returned(self) -> tuple[Any, Array, Any] | None:
-        """Return the samples that wait for GMRES, and the residual vectors and norms. They wait no longer."""
+    def returned(self) -> Joining | None:
+        """Return the samples that wait for GMRES, with their residuals. They wait no longer."""
         if not self.waits.any():
             return None
         rows = self.waits
         self.waits, self.joined = np.zeros_like(rows), self.joined | rows
-        return rows, self.r, self.norm
+        return Joining(rows, self.r, self.norm)
 
     def residuals(self) -> Any:
         """Return the residuals, but no less than the rounding of A x where the Krylov space does not know x."""
         several = self.leaves | self.joined
         if not several.any():
             return self.residual
-        size = self.figures.read(self.backend.to_accum_dtype(self.backend.norm(self.x)))
-        rounding = self.backend.eps(self.x) * (1 + RATE**2) ** 0.5 * size  # A r = r − J r
+        rounding = self.figures.read(rounding_of_steps(self.backend, self.x, self.x))
         left = np.where(self.joined, self.residual, self.norm)
         return np.where(several, np.maximum(left, rounding), self.residual)
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 from deqcore.types import Array
 
 
-@dataclass(frozen=True)
-class Rule:
-    """How the estimate by the least singular value is raised (docs/notes/certificates.md).
+class Rule(NamedTuple):
+    """How the estimate by the least singular value is raised (docs/notes/certificates.md). Compiled code reads it, too.
 
     Attributes:
         least: dimensions of the Krylov space before its estimate counts: one or two have seen nothing of a mode that
@@ -52,9 +50,13 @@ WITNESSED = Rule(
 """Where M' has a say: the forward solve has met the slow modes that a young space has not."""
 
 
+TIGHTER: Final = (0.7, 0.9)
+"""Least and largest factor on the residual of a sample whose estimated error missed the target."""
+
+
 def tighter(xp: Any, target: float, error: Array) -> Array:
     """Return the factor on a residual whose estimated error missed the target."""
-    return xp.clip(target / error, 0.7, 0.9)
+    return xp.clip(target / error, *TIGHTER)
 
 
 def estimates(

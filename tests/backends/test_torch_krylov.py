@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from unittest import mock
 
 import numpy as np
@@ -89,7 +88,7 @@ def test_norms_of_the_inverse_are_found_where_they_are_asked():
 @pytest.mark.parametrize("batch", [1, 5, 9])
 def test_the_witness_of_a_space_is_that_of_its_residual(monkeypatch, dtype, batch):
     """With a rule that the witness alone decides, every reported error is 7 ‖M' r‖ / ‖u‖, here by the dense formula."""
-    rule = dataclasses.replace(WITNESSED, spread=0.0, mean=0.0, witness=7.0)
+    rule = WITNESSED._replace(spread=0.0, mean=0.0, witness=7.0)
     monkeypatch.setattr("deqcore.linear.certified.WITNESSED", rule)
     matrix, g = systems(batch, 30, seed=3)
     j, x = torch.from_numpy(matrix).to(dtype), torch.from_numpy(g).to(dtype)

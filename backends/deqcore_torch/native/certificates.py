@@ -7,6 +7,7 @@ from typing import Final
 import numpy as np
 
 from deqcore.linear.certified import BLURRED, NOTHING_HIDDEN
+from deqcore.linear.rules import TIGHTER
 from deqcore_torch.native.kernels import (
     _combined,
     _factored,
@@ -202,28 +203,25 @@ def _estimated(rule, reach, steps, inverse_norm, latest, best):
 
     `reach` is the residual, or what rounding hides of it if that is more, over the size of the solution.
     """
-    spread, youth, deepest, aging, fall = rule[1], rule[2], rule[3], rule[4], rule[5]
-    rise, most, mean = rule[6], rule[7], rule[9]
-    youth *= min(max(inverse_norm, 1.0), deepest) / max(float(steps), 1.0) ** aging
-    slower = min(max(latest / best, 1.0), most) ** rise
+    youth = rule.youth * (min(max(inverse_norm, 1.0), rule.deepest) / max(float(steps), 1.0) ** rule.aging)
+    slower = min(max(latest / best, 1.0), rule.most) ** rule.rise
     plain = reach * inverse_norm
-    return plain * spread * (1.0 + youth) * latest**fall * slower, plain * (mean * latest * slower) ** 2
+    error = plain * rule.spread * (1.0 + youth) * latest**rule.fall * slower
+    return error, plain * (rule.mean * latest * slower) ** 2
 
 
 @compiled
 def judge(
     latest, basis, per_chunk, basis_used, basis_seen, columns, columns_used, columns_seen, null_vector, null_norm_sq,
-    start_norm, left, can_grow, steps, waiting, pending, rule, max_vjps, norm, goal, spent_before, size_before,
-    secants, secants_per_chunk, secants_used, secants_seen, gram, pairs, state, memory, scales, asks,
-    x, residual, error, met, unverified, start, stop,
+    start_norm, left, can_grow, steps, waiting, pending, rule, target, hidden, ridge, max_vjps, norm,
+    goal, spent_before, size_before, secants, secants_per_chunk, secants_used, secants_seen, gram, pairs, state,
+    memory, scales, asks, x, residual, error, met, unverified, start, stop,
 ):  # fmt: skip
     """Decide for the samples that are `pending` after a step, and write the solution of those that are done.
 
-    Names and formulas are those of `deqcore.linear.certified`: `left` is the residual by the recurrence, and `rule`
-    holds the fields of `Rule`, the target, the relative residual that rounding hides, and the ridge of the witness.
-    `asks` is false without a witness.
+    Names and formulas are those of `deqcore.linear.certified`: `left` is the residual by the recurrence, `hidden` the
+    relative residual that rounding hides, and `ridge` that of the witness. `asks` is false without a witness.
     """
-    least, target, hidden, ridge = rule[0], rule[10], rule[11], rule[12]
     n, m, used = latest.shape[1], null_vector.shape[1], columns_used
     p = secants_used if asks else 0
     small = np.zeros((used, used)), np.zeros((used + 1, used)), np.empty((2, used))
@@ -244,7 +242,7 @@ def judge(
         blurred = rounding > BLURRED * target * norm[b]
         spent = blurred and left[b] <= rounding
         closed = not can_grow[b] or spent
-        old_enough = steps[b] >= least or left[b] <= NOTHING_HIDDEN * target * norm[b] or closed
+        old_enough = steps[b] >= rule.least or left[b] <= NOTHING_HIDDEN * target * norm[b] or closed
         reached = old_enough and left[b] <= goal[b]
         if not (reached or closed or over):
             continue
@@ -261,13 +259,14 @@ def judge(
                 b, r, latest, secants, secants_per_chunk, secants_seen, gram, pairs, ridge, state, memory, scales, p,
                 work, pair_slots, t, q, c,
             )  # fmt: skip
-            found = max(found, rule[8] * reach / whole, np.sqrt(other * reach / whole)) if reach < np.inf else np.inf
+            reach = reach / whole
+            found = max(found, rule.witness * reach, np.sqrt(other * reach)) if reach < np.inf else np.inf
         residual[b], error[b] = max(left[b], rounding) / norm[b], found
         passed = hopeful and found <= target
         met[b] |= passed and not blurred
         unverified[b] |= blurred and (passed or spent)
         if reached:
-            goal[b] = left[b] * min(max(target / found, 0.7), 0.9)
+            goal[b] = left[b] * min(max(target / found, TIGHTER[0]), TIGHTER[1])
         if met[b] or unverified[b] or over or not can_grow[b]:
             can_grow[b] = waiting[b] = pending[b] = False
             for k in range(m):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deqcore.abc.inverse_jacobian import InverseJacobian
-from deqcore.abc.kernels import ErrorJudged, ErrorTask, Krylov
+from deqcore.abc.kernels import ErrorJudged, ErrorTask, Joining, Krylov, NextJoining
 from deqcore.linear.lowrank import SHARP, MultisecantInverse
 from deqcore.types import Map
 from deqcore_torch import functorch
@@ -30,7 +30,7 @@ def grow(
     twice: bool,
     shifted: bool,
     together: bool,
-    joining: Callable[[], tuple[Any, Tensor, Any] | None] | None = None,
+    joining: NextJoining | None = None,
 ) -> Krylov | None:
     """Return the result of `FusedKernels.grow`, or None if these histories have no native version."""
     basis, columns = space.basis, space.columns
@@ -39,11 +39,7 @@ def grow(
     if steps > columns.history_size - columns.written or steps >= basis.history_size - basis.written + 1:
         return None
     work = _Growing(space, goal)
-    return work.grown(image, steps, twice, shifted, together, joining or _none)
-
-
-def _none() -> None:
-    """Return that no sample joins."""
+    return work.grown(image, steps, twice, shifted, together, joining)
 
 
 class _Growing:
@@ -63,7 +59,7 @@ class _Growing:
         self.v, self.start, self.written = space.v, view(space.start).copy(), 0
 
     def grown(
-        self, image: Map, steps: int, twice: bool, shifted: bool, together: bool, joining: Callable[[], Any]
+        self, image: Map, steps: int, twice: bool, shifted: bool, together: bool, joining: NextJoining | None = None
     ) -> Krylov | None:
         """Take steps until no sample waits, or with `together` until one of them no longer does."""
         if not self.columns.store.chunks:
@@ -71,8 +67,8 @@ class _Growing:
             self.columns.reserved(like, zeroed=False)
         asked = left = np.count_nonzero(self.waiting)
         while self.written < steps and left and not (together and left < asked):
-            if (joined := joining()) is not None:
-                self._join(*joined)
+            if joining is not None and (joined := joining()) is not None:
+                self._join(joined)
             w = image(self.v).contiguous()  # products of f come in any layout
             if not self.written and (w.dtype is not self.v.dtype or functorch.is_tracked(w) or not plain(w)):
                 return None
@@ -95,11 +91,11 @@ class _Growing:
         self.v, self.written = following, self.written + 1
         self.basis, self.columns = basis.appended(), columns.appended()
 
-    def _join(self, rows: Any, r: Tensor, norm: Any) -> None:
-        """Begin the spaces of the rows again with their vectors in r: in slot 0, and as the latest vector."""
-        own = rows.nonzero()[0]
-        chosen, norm = torch.from_numpy(own), norm[own]
-        v = r.index_select(0, chosen) / torch.from_numpy(norm[:, None]).to(r.dtype)
+    def _join(self, joined: Joining) -> None:
+        """Begin the spaces of these samples again: with their vectors in slot 0, and as the latest vector."""
+        own = joined.rows.nonzero()[0]
+        chosen, norm = torch.from_numpy(own), joined.norms[own]
+        v = joined.vectors.index_select(0, chosen) / torch.from_numpy(norm[:, None]).to(joined.vectors.dtype)
         self.basis.store.chunks[0][0].index_copy_(0, chosen, v)
         self.v.index_copy_(0, chosen, v)
         self.columns.store.chunks[0][: self.columns.written].index_fill_(1, chosen, 0.0)
@@ -278,7 +274,7 @@ def certify(space: Krylov, image: Map, task: ErrorTask) -> ErrorJudged | None:
     if witness is not None and not (type(witness) is Secants and witness.serves(v)):
         return None
     work = _Certifying(space, task)
-    grown = work.grown(image, task.max_vjps, True, True, False, _none)
+    grown = work.grown(image, task.max_vjps, True, True, False)
     return None if grown is None else work.judged(grown)
 
 
@@ -288,13 +284,13 @@ class _Certifying(_Growing):
     def __init__(self, space: Krylov, task: ErrorTask) -> None:
         super().__init__(space, torch.full_like(space.residual, -1.0))
         pending, goal, estimate = self.waiting.copy(), view(task.goal).copy(), task.estimate
-        rule = np.array([*task.rule, task.target, task.rounding, SHARP])
         self.x = torch.zeros_like(space.v)
         self.figures = [view(each).copy() for each in (task.residual, task.error, task.met)]
         self.figures.append(np.zeros_like(pending))
         self.fixed: tuple[Any, ...] = (
             *(self.null_vector, self.null_norm_sq, view(space.start), self.residual, self.can_grow, self.steps),
-            *(self.waiting, pending, rule, task.max_vjps, view(task.norm), goal, view(task.vjps), view(task.size)),
+            *(self.waiting, pending, task.rule, float(task.target), task.rounding, SHARP),
+            *(task.max_vjps, view(task.norm), goal, view(task.vjps), view(task.size)),
             *(estimate.read() if isinstance(estimate, Secants) else NO_SECANTS),
             *(estimate is not None, view(self.x), *self.figures),
         )
