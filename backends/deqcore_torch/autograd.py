@@ -61,8 +61,8 @@ def attach(
     exact = adjoint.exact
     start = sequence() if exact or adjoint.remembers else 0
     z = forward.z.detach()
-    job.products = adjoint.next_uses_vjp()
-    if job.products:
+    job.records_z = adjoint.next_uses_vjp()
+    if job.records_z:
         z = _Gate.apply(z.requires_grad_())
     made = hooks_made()
     with recording() as job.saved:
@@ -108,14 +108,14 @@ class _Job:
         self.mute = Mute()
         self.forward: tuple[Tensor, Tensor] | None = None  # what a strategy with state gets of the forward solve
         self.made = range(0)
-        self.products = adjoint.uses_vjp  # whether z is recorded
+        self.records_z = adjoint.uses_vjp
 
     def _inputs(self, y: Tensor, z: Tensor) -> PassInputs | None:
         """Return what a strategy with state gets; the graph is walked only if it asks for products."""
         if self.forward is None:
             return None
-        if not self.products:
-            return PassInputs(None, *self.forward, None, products=False)
+        if not self.records_z:
+            return PassInputs(None, *self.forward, None, has_vjp=False)
         sources = sources_of(y, z, self.made)
 
         def parameter_vjp(u: Tensor) -> tuple[Tensor, ...]:
@@ -174,7 +174,7 @@ class _Attach(torch.autograd.Function):
         if g is None:
             return (None, None, None, None, *nothing)
         functorch.refuse_batched(g)
-        if job.products:
+        if job.records_z:
             job.saved.fetch()
         if not torch.is_grad_enabled():
             return (job.solve_adjoint(y, z, g), None, None, None, *nothing)

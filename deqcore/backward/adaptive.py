@@ -126,7 +126,7 @@ class Adaptive(StatefulStrategy):
         s = rules.unpack(xp, values)
         audit = rules.due(xp, s)
         solves = audit | (s.chosen >= rules.candidates)
-        if xp is np and not (inputs.products and solves):
+        if xp is np and not (inputs.has_vjp and solves):
             return self._summed(backend, vjp, g, s, now, inputs)
         plain = report(backend, g)
         missed = (s.bound > self.max_relative_error) & (s.chosen < rules.candidates)
@@ -150,11 +150,11 @@ class Adaptive(StatefulStrategy):
     ) -> tuple[Array, AdjointReport, Array]:
         """Sum the powers with the coefficients in force, where decisions are made on the host.
 
-        A pass without products, whose state asks for some since it was recorded, takes the fit of degree 0, or g if the
-        state is new. The audit waits for the next pass.
+        A pass that may not call `vjp`, whose state asks for it since f was recorded, takes the fit of degree 0, or g if
+        the state is new. The audit waits for the next pass.
         """
         rules, c = self.controller, s.coefficients
-        k = int(rules.steps(np, s)) if inputs.products else 0
+        k = int(rules.steps(np, s)) if inputs.has_vjp else 0
         unknown = bool((k < s.chosen) | (s.begun == 0))
         if unknown:
             eye = np.eye(rules.candidates, dtype=np.float32)

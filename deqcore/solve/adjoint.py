@@ -115,7 +115,7 @@ class Adjoint(AdjointSolver):
             raise PluginError.returned(
                 name, result[2], f"a state of the shape {tuple(inputs.values.shape)} that it got"
             )
-        allowed = vjp if inputs.products else None
+        allowed = vjp if inputs.has_vjp else None
         return *self._verify_and_report(allowed, g, turn, multiply_rows(self.backend, u, unit), report), result[2]
 
     def _in_units(self, inputs: PassInputs, unit: Array | None) -> PassInputs:

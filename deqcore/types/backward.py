@@ -104,8 +104,8 @@ class PassInputs(NamedTuple):
         residual: ‖f(z) − z‖ of the forward solve, `(batch,)`.
         parameter_vjp: u ↦ (∂f/∂θ)ᵀu for the parameters θ, or None where nothing but z is differentiated. A call costs
             one product with the parameters; `vjps` does not count it.
-        products: whether vjps may be taken; False only where `StatefulStrategy.next_uses_vjp` said, when f was
-            recorded, that the pass would need none.
+        has_vjp: whether `vjp` may be called; False only where `StatefulStrategy.next_uses_vjp` said, when f was
+            recorded, that the pass would not call it.
 
     Example:
         >>> import numpy as np
@@ -119,7 +119,7 @@ class PassInputs(NamedTuple):
     converged: Array
     residual: Array
     parameter_vjp: ParameterVjp | None
-    products: bool = True
+    has_vjp: bool = True
 
 
 def _as_text(

@@ -237,7 +237,7 @@ class StateTests(Conformance):
             assert not report.vjps.any(), f"next_uses_vjp says that none is taken, but the pass took {report.vjps}"
             g, size = kit.array(batch.g, training.dtype), len(batch.g)
             known = kit.array(np.full(size, True), "bool"), kit.array(np.full(size, 1e-6), training.dtype)
-            inputs = PassInputs(values, *known, None, products=False)
+            inputs = PassInputs(values, *known, None, has_vjp=False)
             alone, _, after = strategy.solve_with_state(kit.backend, no_vjp, g, None, inputs)
             assert np.array_equal(kit.numpy(alone), u), "next_uses_vjp: u without vjps is another one"
             assert np.array_equal(kit.numpy(after), kit.numpy(training.values)), "next_uses_vjp: another state"
