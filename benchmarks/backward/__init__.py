@@ -1,0 +1,1 @@
+"""Time of the backward pass beside its vjps."""
