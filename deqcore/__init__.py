@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from deqcore.abc.history import History
     from deqcore.abc.inverse_jacobian import InverseJacobian
     from deqcore.abc.solver import Solver
-    from deqcore.abc.stateful import StatefulStrategy, StrategyState
+    from deqcore.abc.stateful import StatefulStrategy
+    from deqcore.abc.strategy_state import StrategyState
     from deqcore.api import fixed_point, get_backend, root, vjp
     from deqcore.config import Config, using
     from deqcore.implicit import Stepper, custom_fixed_point, custom_root
@@ -40,7 +41,7 @@ _HOME: Final = {
     "Stepper": "deqcore.implicit",
     "Strategy": "deqcore.abc.backward",
     "StreamResult": "deqcore.stream",
-    "StrategyState": "deqcore.abc.stateful",
+    "StrategyState": "deqcore.abc.strategy_state",
     "custom_fixed_point": "deqcore.implicit",
     "custom_root": "deqcore.implicit",
     "fixed_point": "deqcore.api",
