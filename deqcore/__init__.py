@@ -6,8 +6,8 @@ The public names are imported when they are first used: `import deqcore` itself 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Final
 
+TYPE_CHECKING = False  # type checkers take it for true; to import it from typing takes 9 of 10 ms
 if TYPE_CHECKING:
     from deqcore import errors
     from deqcore.abc.backend import Backend
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-_HOME: Final = {
+_HOME = {
     "AdjointReport": "deqcore.abc.backward",
     "Backend": "deqcore.abc.backend",
     "Capabilities": "deqcore.abc.backend",
@@ -52,7 +52,7 @@ _HOME: Final = {
     "vjp": "deqcore.api",
 }
 
-_MODULES: Final = ("diagnostics", "errors", "monitor")
+_MODULES = ("diagnostics", "errors", "monitor")
 
 __all__ = [
     "AdjointReport",
