@@ -9,7 +9,7 @@ from typing import Any
 from deqcore import config as settings
 from deqcore import plugins
 from deqcore.abc.backend import Backend
-from deqcore.abc.stateful import StrategyState
+from deqcore.abc.strategy_state import StrategyState
 from deqcore.config import Config
 from deqcore.errors import BackendError
 from deqcore.solution import Solution, SolveState

@@ -6,7 +6,6 @@ of their type; a caller never composes such a sentence itself.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import Final
 
@@ -25,6 +24,8 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 
     In ``forward__rtol`` and the like the section counts more than the rest, unless another section has just this rest.
     """
+    import difflib  # errors alone need it
+
     known = list(known)
     head, mark, name = given.rpartition("__" if "__" in given else ".")
     section = {other.removeprefix(head + mark): other for other in known if other.startswith(head + mark)}

@@ -12,17 +12,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from deqcore import config as settings
 from deqcore import plugins
-from deqcore.abc.stateful import StatefulStrategy
-from deqcore.config import Config
-from deqcore.config.sources import scalar
 from deqcore.errors import ConfigError, LayerWarning, ProblemError
 from deqcore.options import freeze, plain
 from deqcore.solve.user_line import warn
-from deqcore.types import Tree
+
+if TYPE_CHECKING:
+    from deqcore.config import Config
+    from deqcore.types import Tree
 
 REUSE: Final = ("batch", "sequence", "carry")
 
@@ -53,7 +53,7 @@ class LayerSettings:
             ConfigError: a setting is unknown or out of range.
             UnknownNameError: the solver or strategy is not registered.
         """
-        if config is not None and not isinstance(config, Config):
+        if config is not None and not isinstance(config, settings.Config):
             raise ConfigError.bad_value("The layer", "config", config, "a deqcore.Config")
         made = cls(config, _frozen(overrides), _frozen(evaluation or {}))
         for training in (True, False):
@@ -80,6 +80,8 @@ class LayerSettings:
 
     def strategy_state(self) -> Sequence[float] | None:
         """Return the state with which the strategy of training begins, None if it has none."""
+        from deqcore.abc.stateful import StatefulStrategy
+
         backward = settings.resolve(*self.call(True))[0].backward
         strategy = plugins.make_strategy(backward.strategy, backward.options)
         return strategy.init_state() if isinstance(strategy, StatefulStrategy) else None
@@ -94,6 +96,8 @@ class LayerSettings:
 
 
 def _frozen(items: Mapping[str, object]) -> Items:
+    from deqcore.config.sources import scalar
+
     return tuple((name, freeze("The layer", name, scalar(value))) for name, value in sorted(items.items()))
 
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import FrozenInstanceError
+from typing import TYPE_CHECKING
 
 import equinox as eqx
 import jax
 
-from deqcore.config import Config
 from deqcore.errors import LayerWarning, ProblemError
 from deqcore.layer import LayerSettings, batch_norm_text, check_cell
 from deqcore.solve.user_line import warn
-from deqcore.types import Tree
 from deqcore_jax.layer import ImplicitLayer
+
+if TYPE_CHECKING:
+    from deqcore.config import Config
+    from deqcore.types import Tree
 
 
 class DEQ(ImplicitLayer, eqx.Module):

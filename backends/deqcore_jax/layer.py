@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+import deqcore  # its names are imported when they are used: what solves, in the first solve of a program
 from deqcore import layer
-from deqcore.api import fixed_point
-from deqcore.layer import LayerSettings
-from deqcore.solution import Solution
-from deqcore.types import Tree
 
 if TYPE_CHECKING:
     from deqcore.halting import Rule
+    from deqcore.layer import LayerSettings
+    from deqcore.solution import Solution
+    from deqcore.types import Tree
 
 
 class ImplicitLayer:
@@ -124,7 +124,7 @@ class ImplicitLayer:
             state = solutions[-1].state if solutions else None
             with layer.explain_arguments(self.cell, inputs, type(self.cell).__name__):
                 solutions.append(
-                    fixed_point(f, start, *inputs, config=config, state=state, mask=mask, **(own | dict(stage)))
+                    deqcore.fixed_point(f, start, *inputs, config=config, state=state, mask=mask, **(own | dict(stage)))
                 )
         return solutions
 

@@ -1,14 +1,14 @@
-"""Warm starts: the initial iterate of a solve from the equilibrium of the solve before."""
+"""The initial iterate of a layer: zeros, or the equilibrium of the solve before."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from deqcore.types import Tree
-from deqcore_torch import trees
+if TYPE_CHECKING:
+    from deqcore.types import Tree
 
 
 def warm(cold: Tree, last: list[Any], fresh: Tensor | None, *, mean: bool) -> Tree:
@@ -20,6 +20,8 @@ def warm(cold: Tree, last: list[Any], fresh: Tensor | None, *, mean: bool) -> Tr
         fresh: samples that start cold nevertheless, `(batch,)` of bool, or None.
         mean: start every sample from the mean of the last batch, which may have another size.
     """
+    from deqcore_torch import trees
+
     leaves, structure = trees.flatten(cold)
     if len(last) != len(leaves):
         return cold
@@ -37,6 +39,22 @@ def warm(cold: Tree, last: list[Any], fresh: Tensor | None, *, mean: bool) -> Tr
             _select(fresh, leaf, start) if _moves(leaf) else leaf for leaf, start in zip(leaves, starts, strict=True)
         ]
     return trees.unflatten(structure, starts)
+
+
+def zeros_like(tree: Tree) -> Tree:
+    """Return a tree of zeros."""
+    if isinstance(tree, Tensor):
+        return torch.zeros_like(tree)
+    from deqcore_torch import trees  # with optree, which the first solve imports
+
+    return trees.tree_map(torch.zeros_like, tree)
+
+
+def copies(value: Tree) -> list[Any]:
+    """Return copies of the leaves of an equilibrium."""
+    from deqcore_torch import trees
+
+    return [copied(leaf) for leaf in trees.flatten(value)[0]]
 
 
 def copied(leaf: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -13,8 +13,10 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from deqcore import config as settings
 from deqcore.errors import BackendError
-from deqcore.layer import LayerSettings
-from deqcore.solution import Solution
+
+if TYPE_CHECKING:
+    from deqcore.layer import LayerSettings
+    from deqcore.solution import Solution
 
 
 class Solvable(Protocol):

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from deqcore.api import fixed_point
-from deqcore.config import Config
+import deqcore  # its names are imported when they are used: what solves, in the first solve of a program
 from deqcore.errors import ConfigError
 from deqcore.layer import (
     LayerSettings,
@@ -21,8 +20,7 @@ from deqcore.layer import (
     initial_state,
     stages,
 )
-from deqcore.solution import Solution, SolveState
-from deqcore_torch import cached_starts, last_equilibrium, problems, trees
+from deqcore_torch import cached_starts, last_equilibrium, problems
 from deqcore_torch.cell_checks import CellWatch
 from deqcore_torch.cells import begin_solve
 from deqcore_torch.disable_dynamo import untraced
@@ -30,8 +28,10 @@ from deqcore_torch.layer_problem import LayerProblem
 from deqcore_torch.strategy_buffer import BufferState
 
 if TYPE_CHECKING:
+    from deqcore.config import Config
     from deqcore.equilibrium_cache import EquilibriumCache
     from deqcore.halting import Rule
+    from deqcore.solution import Solution, SolveState
 
 FORMAT = 1  # version of the settings in a checkpoint
 
@@ -228,7 +228,7 @@ class DEQ(nn.Module):
         with self._watch.over(self.cell, self.training):
             solution = self._solve(start, inputs, config, own | overrides, rule=until, mask=mask)
         if self.reuse is not None:
-            self._last = [last_equilibrium.copied(leaf) for leaf in trees.flatten(solution.value)[0]]
+            self._last = last_equilibrium.copies(solution.value)
             self._fresh = None
         if ids is not None and self.warm_start is not None:
             self.warm_start.store(ids, solution)
@@ -281,7 +281,7 @@ class DEQ(nn.Module):
         batched = tuple(range(len(inputs))) if self.batched_inputs is None else self.batched_inputs
         call = self.cell.forward if isinstance(self.cell, nn.Module) else self.cell
         with explain_arguments(call, inputs, type(self.cell).__name__):
-            return fixed_point(
+            return deqcore.fixed_point(
                 f, start, *inputs, config=config, state=state, batched_args=batched,
                 strategy_state=BufferState(self) if self.training else None, mask=mask, **overrides,
             )  # fmt: skip
@@ -291,7 +291,7 @@ class DEQ(nn.Module):
         return self.start(self._cold(inputs))
 
     def _cold(self, inputs: tuple[Any, ...]) -> Any:
-        return initial_state(self.cell, inputs, lambda tree: trees.tree_map(torch.zeros_like, tree))
+        return initial_state(self.cell, inputs, last_equilibrium.zeros_like)
 
     def _recalled(self, start: Any, inputs: tuple[Any, ...], z0: Any, ids: Any, changed: Any) -> Any:
         if ids is not None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from deqcore.solution import Solution
+if TYPE_CHECKING:
+    from deqcore.solution import Solution
 
 
 class OperatorProblem(Protocol):

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from deqcore.abc.stateful import StrategyState
+from deqcore.abc.strategy_state import StrategyState
 
 
 class HasState(Protocol):

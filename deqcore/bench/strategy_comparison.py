@@ -12,7 +12,8 @@ import numpy as np
 
 from deqcore import api, plugins
 from deqcore.abc.backward import StepStrategy
-from deqcore.abc.stateful import StatefulStrategy, StrategyState
+from deqcore.abc.stateful import StatefulStrategy
+from deqcore.abc.strategy_state import StrategyState
 from deqcore.bench.harness import Harness
 from deqcore.bench.machine import peak_memory
 from deqcore.bench.strategy_rows import ComparisonRow, StrategyCandidate, StrategyComparison

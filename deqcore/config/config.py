@@ -8,12 +8,12 @@ registered names, never an import path, and reading it executes nothing unless `
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from pathlib import Path
-from typing import Final, Never, TypeAlias, final
+from typing import TYPE_CHECKING, Final, Never, TypeAlias, final
 
 from deqcore.config.environment import environment, variables
 from deqcore.config.sections import KEYS, Backward, Forward, Key, Plugins, Settings, names_of
@@ -23,6 +23,9 @@ from deqcore.options import freeze, plain
 from deqcore.plugins.lookup import check_section, contexts
 from deqcore.plugins.owners import backend_of
 from deqcore.plugins.registration import load_deqfile
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 Table: TypeAlias = Mapping[str, object]
 
@@ -98,6 +101,8 @@ class Config:
             ConfigError: the file cannot be read, is not TOML, or a setting in it does not fit.
             PluginError: its deqfile.py is missing or wrong.
         """
+        from pathlib import Path
+
         path = Path(path)
         table = read_file(path)
         sections = {name: table[name] for name in table if name in RAW_SECTIONS}
@@ -117,7 +122,7 @@ class Config:
     @classmethod
     def discover(cls, path: str | Path | None = None) -> Config:
         """Return the config of a command line: the named file, else a `deq.toml` in the working directory."""
-        if path is None and not Path(FILE).exists():
+        if path is None and not os.path.exists(FILE):
             return current()
         return cls.load(FILE if path is None else path)
 

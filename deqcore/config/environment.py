@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import os
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -108,6 +106,8 @@ def _is_setting(name: str) -> bool:
     head = _key(name)[0]
     if head == "backend" or head in SECTIONS:
         return True
+    import difflib
+
     known = [PREFIX + "__".join(key).upper() for key in KEYS]
     if head.split("_")[0] in SECTIONS or difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.85):
         hint = did_you_mean(name.upper(), known)
@@ -131,6 +131,8 @@ def _read(key: Key, value: object) -> object:
 
 def _parse(value: object) -> object:
     """Return an option's value as JSON reads it; text that is not valid JSON stays text."""
+    import json
+
     if isinstance(value, Mapping):
         return Options({name: _parse(item) for name, item in value.items()})
     try:

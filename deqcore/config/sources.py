@@ -6,10 +6,10 @@ and `validate` checks the result; an error names the file or variable to change.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deqcore.config.sections import (
     CHOICES,
@@ -25,6 +25,9 @@ from deqcore.config.sections import (
 )
 from deqcore.errors import ConfigError
 from deqcore.options import Options, check, freeze
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class Layer:
@@ -133,7 +136,7 @@ def read_file(path: Path) -> dict[str, object]:
         table: object = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # with or without a byte-order mark
     except FileNotFoundError:
         raise ConfigError(
-            f"The config file {str(path)!r} does not exist in {Path.cwd()}. Name an existing TOML file."
+            f"The config file {str(path)!r} does not exist in {os.getcwd()}. Name an existing TOML file."
         ) from None
     except IsADirectoryError:
         raise ConfigError(f"{str(path)!r} must be a TOML file (got a directory). Name a file in it.") from None

@@ -47,16 +47,16 @@ def solve_direct(backend: Backend, vjp: Map, g: Array, wanted: Array, before: Di
     parts = max(1, -(-batch // size)) if isinstance(batch, int) else 1
 
     def solved(carry: tuple[Array, Direct]) -> tuple[Array, Direct]:
-        waiting, found = carry
+        waiting, best = carry
         if parts == 1:
-            return waiting & ~waiting, _taken(backend, vjp, g, waiting, _solve(backend, vjp, g, None), found)
+            return waiting & ~waiting, _taken(backend, vjp, g, waiting, _solve(backend, vjp, g, None), best)
         first = backend.xp.argsort(backend.xp.astype(~waiting, backend.xp.int32), stable=True)
         place = backend.xp.argsort(first, stable=True)  # where a row stands among them
         now = waiting & (place < size)
         part = _solve(backend, vjp, g, first[:size])
         own = backend.xp.where(now, place, 0 * place)
         u, size_of = (backend.take(each, own) for each in part)
-        return waiting & ~now, _taken(backend, vjp, g, now, (u, size_of), found)
+        return waiting & ~now, _taken(backend, vjp, g, now, (u, size_of), best)
 
     if parts == 1:
         return backend.cond(wanted, solved, (wanted, before))[1]
@@ -87,16 +87,16 @@ def _solve(backend: Backend, vjp: Map, g: Array, rows: Array | None) -> tuple[Ar
     return u, xp.sqrt(xp.max(xp.sum(matrix * matrix, axis=1), axis=1))
 
 
-def _taken(backend: Backend, vjp: Map, g: Array, rows: Array, solution: tuple[Array, Array], found: Direct) -> Direct:
+def _taken(backend: Backend, vjp: Map, g: Array, rows: Array, solution: tuple[Array, Array], best: Direct) -> Direct:
     """Merge the solution of these rows. Their residual is measured, and at least the rounding."""
     xp = backend.xp
     wide, size = solution
     u = backend.cast(wide, g)
     rounding = backend.eps(u) * size * backend.to_accum_dtype(backend.norm(u))
     residual = xp.maximum(backend.to_accum_dtype(backend.norm(g + vjp(u) - u)), rounding)
-    better = rows & xp.isfinite(residual) & ~(residual > found.residual)
+    better = rows & xp.isfinite(residual) & ~(residual > best.residual)
     return Direct(
-        backend.select(better, u, found.u),
-        xp.where(better, backend.cast(residual, found.residual), found.residual),
-        found.vjps + xp.astype(rows, xp.int32) * (g.shape[1] + 1),
+        backend.select(better, u, best.u),
+        xp.where(better, backend.cast(residual, best.residual), best.residual),
+        best.vjps + xp.astype(rows, xp.int32) * (g.shape[1] + 1),
     )

@@ -170,13 +170,13 @@ def _restarted(
 
 def ended(space: KrylovSpace, k: Krylov, x0: Array | None) -> tuple[Array, Array]:
     """Return the solution from `x0` and the size of its residual."""
-    found = space.least_squares(k, inverse=False)
-    update = space.solution(k, found)
+    fit = space.least_squares(k, inverse=False)
+    update = space.solution(k, fit)
     x = update if x0 is None else x0 + update
     if space.precondition is not None:
         return x, k.residual
-    size = found.size if x0 is None else space.backend.to_accum_dtype(space.backend.norm(x))
-    return x, space.trusted(k, size, found.column_norm)
+    size = fit.size if x0 is None else space.backend.to_accum_dtype(space.backend.norm(x))
+    return x, space.trusted(k, size, fit.column_norm)
 
 
 @dataclass(frozen=True)
@@ -306,10 +306,10 @@ class KrylovSpace:
             dimension=k.dimension + 1,
         )
 
-    def solution(self, k: Krylov, found: LeastSquares | None = None) -> Array:
+    def solution(self, k: Krylov, fit: LeastSquares | None = None) -> Array:
         """Return the x in the space with the least residual, `(batch, n)`."""
-        found = self.least_squares(k, inverse=False) if found is None else found
-        x = k.basis.masked(None).combine(found.y)
+        fit = self.least_squares(k, inverse=False) if fit is None else fit
+        x = k.basis.masked(None).combine(fit.y)
         return x if self.precondition is None else self.precondition(x)
 
     def least_squares(self, k: Krylov, *, inverse: Array | bool = True) -> LeastSquares:

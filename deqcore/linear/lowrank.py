@@ -71,10 +71,10 @@ class MultisecantInverse(InverseJacobian):
             return self
         s, y = self.scale
         inverse = y[:, :, None] * self._solve(RIDGE, self.backend.xp.permute_dims(self.pairs, FLIP)) * s[:, None, :]
-        found = self.backend.xp.matmul(
+        kernel = self.backend.xp.matmul(
             self.backend.xp.matmul(self.backend.xp.permute_dims(self.sums, FLIP), inverse), self.steps
         )
-        return replace(self, kernel=-self._sound(found))
+        return replace(self, kernel=-self._sound(kernel))
 
     def _transposed(self, v: Array, ridge: float) -> Array:
         if not self.steps.shape[1]:

@@ -70,16 +70,16 @@ def opened(
     def by_gmres(ended: LinearSolution) -> LinearSolution:
         # J r is nearly a multiple of r after many steps: a space of r would be projected twice in every step.
         r = backend.select(met, xp.zeros_like(b), plain.r)
-        found = gmres(
+        rest = gmres(
             backend, product, b, plain.x, r,
             rtol=rtol, max_steps=max_steps, reorthogonalize=reorthogonalize, restart=restart, shifted=True,
         )  # fmt: skip
         return LinearSolution(
-            found.x,
-            xp.where(met, ended.residual, found.residual),
-            ended.products + found.products,
-            xp.where(met, ended.converged, found.converged),
-            ~met & found.spent,
+            rest.x,
+            xp.where(met, ended.residual, rest.residual),
+            ended.products + rest.products,
+            xp.where(met, ended.converged, rest.converged),
+            ~met & rest.spent,
         )
 
     solution: LinearSolution = backend.choose(~met, by_gmres, lambda same: same, ended)

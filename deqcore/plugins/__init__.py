@@ -1,48 +1,49 @@
 """Plugins: registered solvers, strategies, backends, sinks, trainers, data, models and commands of any package.
 
-A plugin author imports `hookimpl` and the records from here; the rest of deqcore calls the lookups.
+A plugin author imports `hookimpl` and the records from here; the rest of deqcore calls the lookups. Names are imported
+when they are first used.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from deqcore.options import Options
-from deqcore.plugins.lookup import (
-    backends,
-    commands,
-    data,
-    is_installed,
-    load,
-    make_backend,
-    make_solver,
-    make_strategy,
-    models,
-    plugins_status,
-    sinks,
-    solvers,
-    spec,
-    strategies,
-    trainers,
-)
-from deqcore.plugins.owners import backend_of, shares_arrays
-from deqcore.plugins.registration import load_deqfile, register, reset
-from deqcore.plugins.specs import (
-    BackendSpec,
-    CommandSpec,
-    DataSpec,
-    Kind,
-    ModelSpec,
-    SinkSpec,
-    SolverSpec,
-    Spec,
-    StrategySpec,
-    TrainerSpec,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from deqcore.options import Options
     from deqcore.plugins.hookspecs import hookimpl
+    from deqcore.plugins.lookup import (
+        backends,
+        commands,
+        data,
+        is_installed,
+        load,
+        make_backend,
+        make_solver,
+        make_strategy,
+        models,
+        plugins_status,
+        sinks,
+        solvers,
+        spec,
+        strategies,
+        trainers,
+    )
     from deqcore.plugins.manager import PluginStatus
+    from deqcore.plugins.owners import backend_of, shares_arrays
+    from deqcore.plugins.registration import load_deqfile, register, reset
+    from deqcore.plugins.specs import (
+        BackendSpec,
+        CommandSpec,
+        DataSpec,
+        Kind,
+        ModelSpec,
+        SinkSpec,
+        SolverSpec,
+        Spec,
+        StrategySpec,
+        TrainerSpec,
+    )
 
 __all__ = [
     "BackendSpec",
@@ -81,14 +82,26 @@ __all__ = [
 ]
 
 
+_HOME: Final = {
+    "Options": "deqcore.options",
+    "PluginStatus": "deqcore.plugins.manager",
+    "backend_of": "deqcore.plugins.owners",
+    "hookimpl": "deqcore.plugins.hookspecs",
+    "load_deqfile": "deqcore.plugins.registration",
+    "register": "deqcore.plugins.registration",
+    "reset": "deqcore.plugins.registration",
+    "shares_arrays": "deqcore.plugins.owners",
+}  # of the others, the records are in `specs` and the functions in `lookup`
+
+
 def __getattr__(name: str) -> object:
-    # pluggy costs 0.03 s to import, and a program that uses built-ins only does not need it.
-    if name == "hookimpl":
-        from deqcore.plugins.hookspecs import hookimpl
+    if name not in __all__:
+        raise AttributeError(f"module 'deqcore.plugins' has no attribute {name!r}")
+    home = _HOME.get(name) or f"deqcore.plugins.{'specs' if name[0].isupper() else 'lookup'}"
+    value: object = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
 
-        return hookimpl
-    if name == "PluginStatus":
-        from deqcore.plugins.manager import PluginStatus
 
-        return PluginStatus
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

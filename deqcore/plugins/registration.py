@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from deqcore.errors import PluginError
 from deqcore.plugins import lookup, owners, specs
 from deqcore.plugins.lookup import lock, manager
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def register(plugin: object) -> None:

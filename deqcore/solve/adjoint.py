@@ -14,7 +14,8 @@ from deqcore.abc.backward import StepStrategy, Strategy
 from deqcore.abc.inverse_jacobian import InverseJacobian
 from deqcore.abc.scaling import divide_rows, multiply_rows, row_scale
 from deqcore.abc.solver import Solver
-from deqcore.abc.stateful import StatefulStrategy, StrategyState
+from deqcore.abc.stateful import StatefulStrategy
+from deqcore.abc.strategy_state import StrategyState
 from deqcore.errors import PluginError
 from deqcore.solve.adjoint_tally import Pass
 from deqcore.solve.failures import Watch

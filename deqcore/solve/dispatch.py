@@ -12,7 +12,7 @@ from deqcore import config as settings
 from deqcore import plugins
 from deqcore.abc.backend import Backend
 from deqcore.abc.backward import Strategy
-from deqcore.abc.stateful import StrategyState
+from deqcore.abc.strategy_state import StrategyState
 from deqcore.config import Config
 from deqcore.config.sections import LARGEST
 from deqcore.errors import (

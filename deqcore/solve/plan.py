@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from deqcore.abc.backend import Backend
 from deqcore.abc.backward import StepStrategy, Strategy
 from deqcore.abc.solver import Solver
-from deqcore.abc.stateful import StrategyState
+from deqcore.abc.strategy_state import StrategyState
 from deqcore.config.sections import Backward, Forward
 from deqcore.errors import (
     ConfigError,

@@ -599,57 +599,6 @@ def test_origin_of_what_does_not_exist() -> None:
         Config().origin("forward.rtoll")
 
 
-# -- what importing costs ----------------------------------------------------------------------------------
-
-
-def imported(code: str) -> set[str]:
-    """Return the modules that code brings into a fresh interpreter. Their number stands for the time."""
-    script = f"import sys; before = set(sys.modules); {code}; print(*set(sys.modules) - before, sep='\\n')"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True)
-    return set(done.stdout.split())
-
-
-HEAVY = {
-    "torch",
-    "jax",
-    "scipy",
-    "sklearn",
-    "matplotlib",
-    "pydantic",
-    "pydantic_settings",
-    "numpy",
-    "typer",
-    "rich",
-}
-
-
-def test_importing_deqcore_is_light() -> None:
-    modules = imported("import deqcore")
-    assert {name for name in modules if name.startswith("deqcore")} == {"deqcore"}
-    assert not modules & HEAVY
-    assert len(modules) <= 40  # 30 today, of the standard library
-
-
-def test_importing_the_config_is_light() -> None:
-    modules = imported("import deqcore.config; deqcore.Config(forward={'rtol': 1e-3}); deqcore.config.current()")
-    own = {name.split(".")[1] for name in modules if name.startswith("deqcore.")}
-    assert own == {"config", "errors", "options", "plugins"}
-    assert not modules & HEAVY
-    assert len(modules) <= 100  # 77 today
-
-
-def test_public_names_are_all_there_and_lazy() -> None:
-    import deqcore
-
-    assert set(deqcore.__all__) <= set(dir(deqcore))
-    for name in deqcore.__all__:
-        assert getattr(deqcore, name) is not None
-    assert deqcore.__version__.count(".") >= 1
-    assert deqcore.Config is Config
-    with pytest.raises(AttributeError, match="no attribute 'fixedpoint'"):
-        _ = deqcore.fixedpoint  # type: ignore[attr-defined]
-
-
 def test_variables_of_the_plugin_manager_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     from deqcore.config.environment import variables
 

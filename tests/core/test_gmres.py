@@ -37,8 +37,8 @@ def product_of(be, a, dtype="float64", count=None):
 
 def run(be, a, b, dtype="float64", **kwargs):
     kwargs = {"rtol": 1e-10, "max_steps": 60} | kwargs
-    found = gmres(be, product_of(be, a, dtype), be.asarray(b, dtype=dtype), **kwargs)
-    return {name: be.to_numpy(getattr(found, name)) for name in found._fields}
+    result = gmres(be, product_of(be, a, dtype), be.asarray(b, dtype=dtype), **kwargs)
+    return {name: be.to_numpy(getattr(result, name)) for name in result._fields}
 
 
 def residual(a, b, x):
@@ -49,23 +49,23 @@ def test_a_start_far_off_costs_no_digits(be):
     """What rounding leaves is relative to the start: 1e8 times too large, it would leave 1e-7 of b."""
     a, b = systems(3, 3, 6)
     x0 = be.asarray(np.array([[1e8], [0.1], [np.nan]]) * b)
-    found = gmres(be, product_of(be, a), be.asarray(b), x0, rtol=1e-12, max_steps=10)
-    assert be.to_numpy(found.converged).all()
-    assert (residual(a, b, be.to_numpy(found.x)) <= 1.01e-12 * np.linalg.norm(b, axis=1)).all()
+    result = gmres(be, product_of(be, a), be.asarray(b), x0, rtol=1e-12, max_steps=10)
+    assert be.to_numpy(result.converged).all()
+    assert (residual(a, b, be.to_numpy(result.x)) <= 1.01e-12 * np.linalg.norm(b, axis=1)).all()
 
 
 @given(seed=st.integers(0, 1000), n=st.integers(1, 20))
 def test_solves_what_a_dense_solver_solves(be, seed, n):
     a, b = systems(seed, 3, n)
-    found = run(be, a, b)
-    assert found["converged"].all()
-    assert found["products"].max() <= n + 1
+    result = run(be, a, b)
+    assert result["converged"].all()
+    assert result["products"].max() <= n + 1
     expected = np.linalg.solve(a, b[..., None])[..., 0]
     scale = np.linalg.cond(a).max()
-    assert np.abs(found["x"] - expected).max() <= 1e-9 * scale * np.abs(expected).max()
+    assert np.abs(result["x"] - expected).max() <= 1e-9 * scale * np.abs(expected).max()
     # The reported residual is the true one.
-    true = residual(a, b, found["x"])
-    assert found["residual"] == pytest.approx(true, rel=1e-2, abs=1e-12)
+    true = residual(a, b, result["x"])
+    assert result["residual"] == pytest.approx(true, rel=1e-2, abs=1e-12)
     assert (true <= 1.01e-10 * np.linalg.norm(b, axis=1)).all()
 
 
@@ -74,21 +74,21 @@ def test_each_step_is_optimal_in_its_krylov_space(be, truth, seed):
     a, b = systems(seed, 2, 12)
     expected = [truth.krylov_residuals(a[i], b[i], 7) for i in range(2)]
     for k in range(8):
-        found = run(be, a, b, rtol=0.0, max_steps=k)
-        assert found["products"].tolist() == [k, k]
+        result = run(be, a, b, rtol=0.0, max_steps=k)
+        assert result["products"].tolist() == [k, k]
         for i in range(2):
-            assert found["residual"][i] == pytest.approx(expected[i][k], rel=1e-9)
-        assert residual(a, b, found["x"]) == pytest.approx(found["residual"], rel=1e-9)
-        assert not found["converged"].any()
+            assert result["residual"][i] == pytest.approx(expected[i][k], rel=1e-9)
+        assert residual(a, b, result["x"]) == pytest.approx(result["residual"], rel=1e-9)
+        assert not result["converged"].any()
 
 
 @pytest.mark.parametrize("k", [3, 6])
 def test_agrees_with_scipy(be, k):
     a, b = systems(5, 3, 30)
-    found = run(be, a, b, rtol=1e-14, max_steps=k)
+    result = run(be, a, b, rtol=1e-14, max_steps=k)
     for i in range(3):
         x, _ = scipy.sparse.linalg.gmres(a[i], b[i], rtol=1e-14, restart=k, maxiter=1)
-        assert found["x"][i] == pytest.approx(x, rel=1e-9, abs=1e-12)
+        assert result["x"][i] == pytest.approx(x, rel=1e-9, abs=1e-12)
 
 
 def test_every_sample_stops_by_itself(be):
@@ -116,9 +116,9 @@ def test_starts_from_a_given_vector(be):
     a, b = systems(3, 2, 8)
     exact = np.linalg.solve(a, b[..., None])[..., 0]
     x0 = exact + 1e-3 * np.random.default_rng(0).standard_normal(exact.shape)
-    found = run(be, a, b, x0=be.asarray(x0), rtol=1e-9)
-    assert found["x"] == pytest.approx(exact, rel=1e-7)
-    assert found["products"].max() <= 9
+    result = run(be, a, b, x0=be.asarray(x0), rtol=1e-9)
+    assert result["x"] == pytest.approx(exact, rel=1e-7)
+    assert result["products"].max() <= 9
     count = []
     product = product_of(be, a, count=count)
     done = gmres(be, product, be.asarray(b), be.asarray(exact), rtol=1e-9, max_steps=20)
@@ -129,21 +129,21 @@ def test_starts_from_a_given_vector(be):
 
 def test_no_steps_give_the_start_and_its_residual(be):
     a, b = systems(4, 2, 5)
-    found = run(be, a, b, max_steps=0)
-    assert not found["x"].any()
-    assert found["residual"] == pytest.approx(np.linalg.norm(b, axis=1))
-    assert found["products"].tolist() == [0, 0]
-    assert not found["converged"].any()
+    result = run(be, a, b, max_steps=0)
+    assert not result["x"].any()
+    assert result["residual"] == pytest.approx(np.linalg.norm(b, axis=1))
+    assert result["products"].tolist() == [0, 0]
+    assert not result["converged"].any()
 
 
 def test_a_zero_right_hand_side_costs_nothing(be):
     a, b = systems(4, 3, 5)
     b[1] = 0.0
-    found = run(be, a, b)
-    assert found["converged"].all()
-    assert found["products"][1] == 0
-    assert not found["x"][1].any()
-    assert found["residual"][1] == 0.0
+    result = run(be, a, b)
+    assert result["converged"].all()
+    assert result["products"][1] == 0
+    assert not result["x"][1].any()
+    assert result["residual"][1] == 0.0
 
 
 def test_singular_systems_give_their_least_residual(be):
@@ -152,26 +152,26 @@ def test_singular_systems_give_their_least_residual(be):
     a = np.stack([np.diag([0.0, 1, 2, 3, 4, 5]), np.diag([0.0, 1, 2, 3, 4, 5]), np.zeros((n, n)), np.eye(n)])
     b[0, 0] = 0.0  # consistent
     b[2] = np.eye(n)[0]
-    found = run(be, a, b, max_steps=30)
-    assert np.isfinite(found["x"]).all()
-    assert found["converged"].tolist() == [True, False, False, True]
-    assert residual(a, b, found["x"])[0] <= 1e-9
+    result = run(be, a, b, max_steps=30)
+    assert np.isfinite(result["x"]).all()
+    assert result["converged"].tolist() == [True, False, False, True]
+    assert residual(a, b, result["x"])[0] <= 1e-9
     # Inconsistent: no x does better than |b₀|; a breakdown may end a little above.
-    assert abs(b[1, 0]) * (1 - 1e-12) <= found["residual"][1]
-    assert residual(a, b, found["x"])[1] == pytest.approx(found["residual"][1], rel=1e-6)
-    assert found["residual"][2] == 1.0
-    assert found["products"][2] == 1  # it noticed at once
-    assert not found["x"][2].any()
-    assert found["x"][3] == pytest.approx(b[3])
-    assert found["products"][3] == 1
+    assert abs(b[1, 0]) * (1 - 1e-12) <= result["residual"][1]
+    assert residual(a, b, result["x"])[1] == pytest.approx(result["residual"][1], rel=1e-6)
+    assert result["residual"][2] == 1.0
+    assert result["products"][2] == 1  # it noticed at once
+    assert not result["x"][2].any()
+    assert result["x"][3] == pytest.approx(b[3])
+    assert result["products"][3] == 1
 
 
 def test_more_steps_than_dimensions_do_no_harm(be):
     a, b = systems(6, 3, 4)
-    found = run(be, a, b, rtol=0.0, max_steps=50)
+    result = run(be, a, b, rtol=0.0, max_steps=50)
     expected = np.linalg.solve(a, b[..., None])[..., 0]
-    assert found["x"] == pytest.approx(expected, rel=1e-10)
-    assert found["products"].max() <= 8
+    assert result["x"] == pytest.approx(expected, rel=1e-10)
+    assert result["products"].max() <= 8
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -184,11 +184,11 @@ def test_a_bad_sample_changes_no_bit_of_its_neighbours(be, bad):
             broken_a[2, 3, 3] = bad
         else:
             broken_b[2, 3] = bad
-        found = run(be, broken_a, broken_b)
-        assert not found["converged"][2]
+        result = run(be, broken_a, broken_b)
+        assert not result["converged"][2]
         for i in (0, 1, 3):
-            for name in found:
-                assert np.array_equal(found[name][i], healthy[name][i]), (name, where)
+            for name in result:
+                assert np.array_equal(result[name][i], healthy[name][i]), (name, where)
 
 
 def test_a_matrix_that_turns_bad_later_leaves_the_best_so_far(be):
@@ -202,19 +202,19 @@ def test_a_matrix_that_turns_bad_later_leaves_the_best_so_far(be):
         w = plain(v)
         return be.xp.where(mask, w * float("inf"), w) if len(calls) == 3 else w
 
-    found = gmres(be, product, be.asarray(b), rtol=1e-10, max_steps=30)
+    result = gmres(be, product, be.asarray(b), rtol=1e-10, max_steps=30)
     two = run(be, a, b, rtol=1e-10, max_steps=2)
-    assert be.to_numpy(found.x)[0] == pytest.approx(two["x"][0], rel=1e-12)
-    assert be.to_numpy(found.residual)[0] == pytest.approx(two["residual"][0], rel=1e-12)
-    assert be.to_numpy(found.converged).tolist() == [False, True]
+    assert be.to_numpy(result.x)[0] == pytest.approx(two["x"][0], rel=1e-12)
+    assert be.to_numpy(result.residual)[0] == pytest.approx(two["residual"][0], rel=1e-12)
+    assert be.to_numpy(result.converged).tolist() == [False, True]
 
 
 def test_float32_reaches_what_float32_can(be):
     a, b = systems(9, 3, 40)
-    found = run(be, a, b, dtype="float32", rtol=1e-5)
-    assert found["x"].dtype == np.float32
-    assert found["converged"].all()
-    assert (residual(a, b, found["x"].astype(float)) <= 3e-5 * np.linalg.norm(b, axis=1)).all()
+    result = run(be, a, b, dtype="float32", rtol=1e-5)
+    assert result["x"].dtype == np.float32
+    assert result["converged"].all()
+    assert (residual(a, b, result["x"].astype(float)) <= 3e-5 * np.linalg.norm(b, axis=1)).all()
 
 
 def test_orthogonality_is_kept_where_one_projection_loses_it(be):
@@ -223,10 +223,10 @@ def test_orthogonality_is_kept_where_one_projection_loses_it(be):
     q, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((n, n)))
     a = ((q * spectrum) @ q.T)[None]
     b = np.random.default_rng(1).standard_normal((1, n))
-    found = run(be, a, b, rtol=1e-8, max_steps=n)
+    result = run(be, a, b, rtol=1e-8, max_steps=n)
     # What is left is rounding in A x: n·eps·‖A‖·‖x‖.
-    rounding = n * np.finfo(float).eps * np.linalg.norm(found["x"])
-    assert residual(a, b, found["x"]) == pytest.approx(found["residual"], rel=1e-3, abs=rounding)
+    rounding = n * np.finfo(float).eps * np.linalg.norm(result["x"])
+    assert residual(a, b, result["x"]) == pytest.approx(result["residual"], rel=1e-3, abs=rounding)
 
 
 @pytest.mark.parametrize("smallest", [0.0, 1e-12])
@@ -239,29 +239,29 @@ def test_a_singular_matrix_is_never_called_solved(be, n, smallest):
     q = np.stack([np.linalg.qr(random.standard_normal((n, n)))[0] for _ in range(4)])
     a, b = (q * spectrum) @ q.swapaxes(1, 2), random.standard_normal((4, n))
     for rtol in (1e-4, 1e-10):
-        found = run(be, a, b, rtol=rtol, max_steps=n)
-        true = residual(a, b, found["x"])
+        result = run(be, a, b, rtol=rtol, max_steps=n)
+        true = residual(a, b, result["x"])
         goal = rtol * np.linalg.norm(b, axis=1)
-        assert not (found["converged"] & (true > 3 * goal)).any()
-        assert (true <= 100 * np.maximum(found["residual"], goal)).all()
+        assert not (result["converged"] & (true > 3 * goal)).any()
+        assert (true <= 100 * np.maximum(result["residual"], goal)).all()
 
 
 @pytest.mark.parametrize("batch", [0, 1])
 def test_batches_of_none_and_one(be, batch):
     a, b = systems(1, batch, 5)
-    found = run(be, a, b)
-    assert found["x"].shape == (batch, 5)
-    assert found["converged"].all()
+    result = run(be, a, b)
+    assert result["x"].shape == (batch, 5)
+    assert result["converged"].all()
 
 
 def test_right_preconditioning_keeps_residuals_true(be):
     a, b = systems(12, 2, 15)
     rough = np.linalg.inv(a) + 0.02 * np.random.default_rng(0).standard_normal(a.shape)
-    found = run(be, a, b, precondition=product_of(be, rough), rtol=1e-9)
+    result = run(be, a, b, precondition=product_of(be, rough), rtol=1e-9)
     plain = run(be, a, b, rtol=1e-9)
-    assert found["converged"].all()
-    assert residual(a, b, found["x"]) == pytest.approx(found["residual"], rel=1e-2)
-    assert (found["products"] < plain["products"]).all()
+    assert result["converged"].all()
+    assert residual(a, b, result["x"]) == pytest.approx(result["residual"], rel=1e-2)
+    assert (result["products"] < plain["products"]).all()
     perfect = run(be, a, b, precondition=product_of(be, np.linalg.inv(a)), rtol=1e-9)
     assert perfect["products"].tolist() == [1, 1]
 
@@ -296,7 +296,7 @@ def test_figures_of_a_space_are_those_of_dense_algebra(be, shifted):
     for _ in range(10):
         k = space.grow(k, be.asarray(goals), 1)
         left.append(be.to_numpy(k.residual))
-    found = {name: be.to_numpy(each) for name, each in space.least_squares(k)._asdict().items()}
+    result = {name: be.to_numpy(values) for name, values in space.least_squares(k)._asdict().items()}
     x, rest = be.to_numpy(space.solution(k)), be.to_numpy(space.residual_vector(k))
     only = be.to_numpy(space.residual_vector(k, be.asarray([False, True, False])))
     steps = be.to_numpy(k.steps).tolist()
@@ -311,7 +311,7 @@ def test_figures_of_a_space_are_those_of_dense_algebra(be, shifted):
         np.testing.assert_allclose(x[i], v[:, :count] @ y, rtol=1e-7, atol=1e-9)
         np.testing.assert_allclose(rest[i], b[i] - a[i] @ x[i], rtol=1e-7, atol=1e-9)
         np.testing.assert_array_equal(only[i], rest[i] if i == 1 else 0 * rest[i])
-        residuals = np.array([each[i] for each in left[: count + 1]])
+        residuals = np.array([values[i] for values in left[: count + 1]])
         assert residuals[-1] == pytest.approx(np.linalg.norm(b[i] - a[i] @ x[i]), rel=1e-7)
         assert residuals[-2] > goals[i] >= residuals[-1]
         falls = residuals[1:] / residuals[:-1]
@@ -322,9 +322,9 @@ def test_figures_of_a_space_are_those_of_dense_algebra(be, shifted):
             "best": falls[:-1].min(),
         }
         for name, value in expected.items():
-            assert found[name][i] == pytest.approx(value, rel=1e-3 if name == "inverse_norm" else 1e-6), name
-        assert found["column_norm"][i] >= np.linalg.norm(h[:, 0]) * (1 - 1e-9)
-        assert found["column_norm"][i] <= np.linalg.norm(h, 2) * (1 + 1e-9)
+            assert result[name][i] == pytest.approx(value, rel=1e-3 if name == "inverse_norm" else 1e-6), name
+        assert result["column_norm"][i] >= np.linalg.norm(h[:, 0]) * (1 - 1e-9)
+        assert result["column_norm"][i] <= np.linalg.norm(h, 2) * (1 + 1e-9)
 
 
 def test_a_space_that_paused_goes_on_as_if_it_had_not(be):
@@ -355,7 +355,7 @@ def test_a_certified_solve_does_not_depend_on_its_batch(be, seed):
 
     def solve(rows):
         matrix = be.asarray(j[rows])
-        found = solve_certified(
+        result = solve_certified(
             be,
             lambda u: be.xp.sum(matrix * u[:, :, None], axis=1),
             be.asarray(g[rows]),
@@ -363,7 +363,7 @@ def test_a_certified_solve_does_not_depend_on_its_batch(be, seed):
             max_relative_error=0.02,
             max_vjps=60,
         )
-        return {name: be.to_numpy(getattr(found, name)) for name in found._fields}
+        return {name: be.to_numpy(getattr(result, name)) for name in result._fields}
 
     together = solve(slice(None))
     true = np.linalg.norm(g + np.einsum("bij,bi->bj", j, together["u"]) - together["u"], axis=1)

@@ -94,16 +94,16 @@ class Scripted(Solver):
 def test_a_sample_stops_at_the_first_iterate_that_meets_the_tolerance(be, truth):
     rates, b = np.array([0.0, 0.3, 0.9, -0.97])[:, None], truth.rng(0).standard_normal((4, 5))
     r, c = be.asarray(rates), be.asarray(b)
-    found = host(be, iterate(be, Picard(), lambda z: r * z + c, 0 * c, StoppingCriteria(1e-3, max_steps=500)))
+    result = host(be, iterate(be, Picard(), lambda z: r * z + c, 0 * c, StoppingCriteria(1e-3, max_steps=500)))
     for i in range(4):
         trace = truth.picard(lambda z, i=i: rates[i] * z + b[i], np.zeros(5), 1e-3, max_steps=500)
         z, fz, residual = trace[-1]
-        assert found["steps"][i] == len(trace) - 1
-        assert identical(found["z"][i], z)
-        assert identical(found["fz"][i], fz)
-        assert found["residual"][i] == pytest.approx(residual, rel=1e-12)
-        assert found["status"][i] == Status.CONVERGED
-    assert len(set(found["steps"])) == 4  # the samples did stop at different times
+        assert result["steps"][i] == len(trace) - 1
+        assert identical(result["z"][i], z)
+        assert identical(result["fz"][i], fz)
+        assert result["residual"][i] == pytest.approx(residual, rel=1e-12)
+        assert result["status"][i] == Status.CONVERGED
+    assert len(set(result["steps"])) == 4  # the samples did stop at different times
 
 
 def test_state_and_history_stop_with_their_sample(be, truth):
@@ -133,10 +133,10 @@ def test_a_batch_and_its_samples_alone_agree(be, truth, solver, seed, narrow):
         f = truth.affine_map(be, problem, rows, dtype)
         z0 = be.asarray(0 * problem.b[rows], dtype=dtype)
         forward = iterate(be, solver, f, z0, control)
-        found = host(be, forward)
+        result = host(be, forward)
         if solver.has_estimate:
-            found["estimate"] = estimate(be, solver, forward)
-        return found
+            result["estimate"] = estimate(be, solver, forward)
+        return result
 
     together = solve(slice(None))
     for i in range(4):
@@ -173,13 +173,13 @@ def test_a_bad_sample_changes_no_bit_of_its_neighbours(be, truth, solver, harm):
         return forward, host(be, forward), estimate(be, solver, forward) if solver.has_estimate else None
 
     _, healthy, healthy_estimate = solve(False)
-    forward, found, found_estimate = solve(True)
+    forward, result, found_estimate = solve(True)
     assert codes(forward, be)[2] in (Status.NONFINITE, Status.DIVERGED, Status.MAX_STEPS, Status.STALLED)
-    assert np.isfinite(found["z"][2]).all()
-    assert np.isfinite(found["fz"][2]).all()
+    assert np.isfinite(result["z"][2]).all()
+    assert np.isfinite(result["fz"][2]).all()
     for i in (0, 1, 3, 4):
         for name in FIELDS:
-            assert identical(found[name][i], healthy[name][i]), (name, i)
+            assert identical(result[name][i], healthy[name][i]), (name, i)
         if found_estimate is not None:
             assert identical(found_estimate[i], healthy_estimate[i]), i
 
@@ -227,14 +227,14 @@ def test_the_best_iterate_is_kept_per_sample(be):
     )
     z0 = be.asarray(4.0 * np.ones((4, 3)))
     forward = iterate(be, Scripted(table), lambda z: 0 * z, z0, StoppingCriteria(1e-9, max_steps=4))
-    found = host(be, forward)
+    result = host(be, forward)
     # f(z) = 0, so the residual is √3·|z|: best of each column, up to where it stopped being finite.
     # A step to where f is not finite is refused, and the next one decides.
-    assert found["z"][:, 0].tolist() == [1.0, 1.0, 1.0, 1.0]
-    assert found["residual"] == pytest.approx(np.sqrt(3.0) * np.ones(4))
-    assert identical(found["fz"], np.zeros((4, 3)))
+    assert result["z"][:, 0].tolist() == [1.0, 1.0, 1.0, 1.0]
+    assert result["residual"] == pytest.approx(np.sqrt(3.0) * np.ones(4))
+    assert identical(result["fz"], np.zeros((4, 3)))
     assert codes(forward, be) == [Status.MAX_STEPS] * 4
-    assert found["steps"].tolist() == [4, 4, 4, 4]
+    assert result["steps"].tolist() == [4, 4, 4, 4]
 
 
 def test_a_step_that_stays_refused_ends_with_the_best_finite_iterate(be):
@@ -242,11 +242,11 @@ def test_a_step_that_stays_refused_ends_with_the_best_finite_iterate(be):
     table = ((4.0, 4.0, 4.0), (2.0, nan, 3.0), (1.0, nan, 2.0), *[(1.0, nan, inf)] * 9)
     z0 = be.asarray(4.0 * np.ones((3, 3)))
     forward = iterate(be, Scripted(table), lambda z: 0 * z, z0, StoppingCriteria(1e-9, max_steps=12))
-    found = host(be, forward)
-    assert found["z"][:, 0].tolist() == [1.0, 4.0, 2.0]
-    assert found["residual"] == pytest.approx(np.sqrt(3.0) * np.array([1.0, 4.0, 2.0]))
+    result = host(be, forward)
+    assert result["z"][:, 0].tolist() == [1.0, 4.0, 2.0]
+    assert result["residual"] == pytest.approx(np.sqrt(3.0) * np.array([1.0, 4.0, 2.0]))
     assert codes(forward, be)[1:] == [Status.NONFINITE, Status.NONFINITE]
-    assert found["steps"].tolist() == [12, 6, 8]  # the first refused step, and five that are shorter and shorter
+    assert result["steps"].tolist() == [12, 6, 8]  # the first refused step, and five that are shorter and shorter
 
 
 def test_the_last_finite_iterate_of_a_failed_sample_is_the_best_not_the_last(be, truth):
@@ -259,13 +259,13 @@ def test_the_last_finite_iterate_of_a_failed_sample_is_the_best_not_the_last(be,
         calls += 1
         return plain(z) * float("nan") if calls >= 8 else plain(z)
 
-    found = host(be, iterate(be, Picard(), f, be.asarray(0 * problem.b), StoppingCriteria(1e-9)))
+    result = host(be, iterate(be, Picard(), f, be.asarray(0 * problem.b), StoppingCriteria(1e-9)))
     for i in range(2):
         trace = truth.picard(lambda z, i=i: problem.a[i] @ z + problem.b[i], np.zeros(6), 0.0, max_steps=6)
         best = min(trace, key=lambda t: t[2])
-        assert found["z"][i] == pytest.approx(best[0], rel=1e-12)
-        assert found["residual"][i] == pytest.approx(best[2], rel=1e-12)
-    assert set(found["status"]) == {Status.NONFINITE}
+        assert result["z"][i] == pytest.approx(best[0], rel=1e-12)
+        assert result["residual"][i] == pytest.approx(best[2], rel=1e-12)
+    assert set(result["status"]) == {Status.NONFINITE}
 
 
 # -- statuses ------------------------------------------------------------------------------------------------
@@ -296,14 +296,14 @@ def test_every_status_occurs_in_one_batch(be):
         Status.NONFINITE,
         Status.NONFINITE,
     ]
-    found = host(be, forward)
-    assert found["steps"][2] == StoppingCriteria(1e-6).patience
-    assert identical(found["z"][3], [0.0, 0.0])  # diverged from the start: nothing was better
-    assert found["residual"][3] == pytest.approx(np.sqrt(2))
-    assert identical(found["z"][4], [1.0, 1.0])
-    assert np.isinf(found["residual"][4])  # never measured
-    assert np.isfinite(np.delete(found["fz"], 4, axis=0)).all()
-    assert np.isnan(found["fz"][4]).all()  # what f returned; the value is z
+    result = host(be, forward)
+    assert result["steps"][2] == StoppingCriteria(1e-6).patience
+    assert identical(result["z"][3], [0.0, 0.0])  # diverged from the start: nothing was better
+    assert result["residual"][3] == pytest.approx(np.sqrt(2))
+    assert identical(result["z"][4], [1.0, 1.0])
+    assert np.isinf(result["residual"][4])  # never measured
+    assert np.isfinite(np.delete(result["fz"], 4, axis=0)).all()
+    assert np.isnan(result["fz"][4]).all()  # what f returned; the value is z
 
 
 def test_patience_decides_when_a_sample_has_stalled(be):
@@ -328,14 +328,14 @@ def test_blow_up_is_seen_where_the_limit_itself_would_overflow(be):
 def test_f_infinite_at_the_first_step_returns_the_start(be, solver):
     z0 = be.asarray(np.array([[0.0, 0.0], [1.0, 1.0]]))
     forward = iterate(be, solver, lambda z: 0.5 / (z * z), z0, StoppingCriteria(1e-8, max_steps=30))
-    found = host(be, forward)
+    result = host(be, forward)
     assert codes(forward, be) == [Status.NONFINITE, Status.CONVERGED] or isinstance(solver, Picard)
     assert codes(forward, be)[0] is Status.NONFINITE
-    assert found["steps"][0] == 0
-    assert identical(found["z"][0], [0.0, 0.0])
-    assert np.isinf(found["fz"][0]).all()  # what f returned; the value is z
+    assert result["steps"][0] == 0
+    assert identical(result["z"][0], [0.0, 0.0])
+    assert np.isinf(result["fz"][0]).all()  # what f returned; the value is z
     if not isinstance(solver, Picard):
-        assert found["z"][1] == pytest.approx(np.full(2, 0.5 ** (1 / 3)), rel=1e-7)
+        assert result["z"][1] == pytest.approx(np.full(2, 0.5 ** (1 / 3)), rel=1e-7)
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
@@ -363,12 +363,12 @@ def test_the_residual_is_the_true_one_under_damping(be):
         be.asarray(np.zeros((1, 4))),
         StoppingCriteria(1e-3, max_steps=500),
     )
-    found = host(be, forward)
-    z, fz = found["z"][0], found["fz"][0]
+    result = host(be, forward)
+    z, fz = result["z"][0], result["fz"][0]
     assert identical(fz, 0.5 * z + 1)
-    assert found["residual"][0] == pytest.approx(np.linalg.norm(fz - z), rel=1e-12)
-    assert found["residual"][0] <= 1e-3 * np.linalg.norm(fz)
-    k = int(found["steps"][0])
+    assert result["residual"][0] == pytest.approx(np.linalg.norm(fz - z), rel=1e-12)
+    assert result["residual"][0] <= 1e-3 * np.linalg.norm(fz)
+    k = int(result["steps"][0])
     errors = 2 * (1 - 0.05 * 0.5) ** np.arange(k + 1)  # |z_k − 2|
     met = 0.5 * errors <= 1e-3 * (2 - 0.5 * errors)
     assert met.tolist() == [False] * k + [True]
@@ -386,14 +386,14 @@ def test_norms_of_float16_states_do_not_overflow(be):
     # 20,000 numbers of 900: their norm is 127,279 and float16 ends at 65,504.
     b = be.asarray(np.full((1, 20_000), 450.0), dtype="float16")
     forward = iterate(be, Picard(), lambda z: 0.5 * z + b, 0 * b, StoppingCriteria(1e-2))
-    found = host(be, forward)
+    result = host(be, forward)
     assert codes(forward, be) == [Status.CONVERGED]
-    assert found["z"].dtype == np.float16
-    assert found["residual"].dtype == np.float32
-    wide = found["z"].astype(np.float64)
+    assert result["z"].dtype == np.float16
+    assert result["residual"].dtype == np.float32
+    wide = result["z"].astype(np.float64)
     # f(z) − z is rounded to float16, hence the loose comparison; its norm is not.
-    assert found["residual"][0] == pytest.approx(np.linalg.norm(450 - 0.5 * wide), rel=1e-2)
-    assert found["z"][0, 0] == pytest.approx(900, rel=2e-2)
+    assert result["residual"][0] == pytest.approx(np.linalg.norm(450 - 0.5 * wide), rel=1e-2)
+    assert result["z"][0, 0] == pytest.approx(900, rel=2e-2)
 
 
 @pytest.mark.parametrize("solver", WITH_ESTIMATE, ids=repr)
@@ -401,10 +401,10 @@ def test_accelerated_solvers_work_in_float16(be, truth, solver):
     problem = truth.affine(8, 3, 16, 0.6)
     f = truth.affine_map(be, problem, dtype="float16")
     forward = iterate(be, solver, f, be.asarray(0 * problem.b, dtype="float16"), StoppingCriteria(5e-3))
-    found = host(be, forward)
-    assert found["z"].dtype == np.float16
-    assert set(found["status"]) == {Status.CONVERGED}
-    assert np.linalg.norm(found["z"] - problem.root) <= 0.05 * np.linalg.norm(problem.root)
+    result = host(be, forward)
+    assert result["z"].dtype == np.float16
+    assert set(result["status"]) == {Status.CONVERGED}
+    assert np.linalg.norm(result["z"] - problem.root) <= 0.05 * np.linalg.norm(problem.root)
 
 
 # -- counts and limits ---------------------------------------------------------------------------------------
@@ -421,15 +421,15 @@ def test_step_budgets_of_zero_one_and_two(be, truth, solver, budget):
         return plain(z)
 
     forward = iterate(be, solver, f, be.asarray(problem.b), StoppingCriteria(1e-9, max_steps=budget))
-    found = host(be, forward)
+    result = host(be, forward)
     assert len(calls) == 1 + budget
-    assert found["evaluations"].tolist() == [1 + budget] * 3
-    assert found["steps"].tolist() == [budget] * 3
-    assert set(found["status"]) == {Status.MAX_STEPS}
+    assert result["evaluations"].tolist() == [1 + budget] * 3
+    assert result["steps"].tolist() == [budget] * 3
+    assert set(result["status"]) == {Status.MAX_STEPS}
     for i in range(3):  # the best of what was visited
         residuals = [np.linalg.norm(problem.a[i] @ z[i] + problem.b[i] - z[i]) for z in calls]
-        assert found["residual"][i] == pytest.approx(min(residuals), rel=1e-10)
-        assert identical(found["z"][i], calls[int(np.argmin(residuals))][i])
+        assert result["residual"][i] == pytest.approx(min(residuals), rel=1e-10)
+        assert identical(result["z"][i], calls[int(np.argmin(residuals))][i])
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
@@ -447,9 +447,9 @@ def test_a_start_that_is_a_fixed_point_takes_no_step(be, solver, rtol):
     assert be.to_numpy(forward.steps).tolist() == [0, 0]
     assert be.to_numpy(forward.residual).tolist() == [0.0, 0.0]
     if solver.has_estimate:  # no pairs yet: H = −I
-        found = estimate(be, solver, forward)
+        result = estimate(be, solver, forward)
         v = np.random.default_rng(0).standard_normal((1, 3))
-        assert found == pytest.approx(np.broadcast_to(-v, (2, 2, 3)))
+        assert result == pytest.approx(np.broadcast_to(-v, (2, 2, 3)))
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
@@ -458,10 +458,10 @@ def test_batches_of_none_and_one(be, truth, solver):
         problem = truth.affine(4, batch, 6, 0.5)
         f = truth.affine_map(be, problem)
         forward = iterate(be, solver, f, be.asarray(np.zeros((batch, 6))), StoppingCriteria(1e-10, max_steps=80))
-        found = host(be, forward)
-        assert found["z"].shape == (batch, 6)
-        assert found["status"].tolist() == [Status.CONVERGED] * batch
-        assert found["z"] == pytest.approx(problem.root, rel=1e-8, abs=1e-8)
+        result = host(be, forward)
+        assert result["z"].shape == (batch, 6)
+        assert result["status"].tolist() == [Status.CONVERGED] * batch
+        assert result["z"] == pytest.approx(problem.root, rel=1e-8, abs=1e-8)
         if solver.has_estimate:
             assert estimate(be, solver, forward).shape == (batch, 2, 6)
 
@@ -488,10 +488,10 @@ def test_late_checks_change_nothing(be, truth, solver):
         forward = iterate(
             be, solver, f, be.asarray(0 * problem.b), StoppingCriteria(1e-7, max_steps=200, check_every=every)
         )
-        found = host(be, forward)
+        result = host(be, forward)
         if solver.has_estimate:
-            found["estimate"] = estimate(be, solver, forward)
-        results.append((found, len(calls) - 1))
+            result["estimate"] = estimate(be, solver, forward)
+        results.append((result, len(calls) - 1))
     (first, first_steps), (late, late_steps) = results
     for name in first:
         assert identical(first[name], late[name]), name
@@ -551,12 +551,12 @@ def test_continuing_leaves_the_first_estimate_alone(be, truth, solver):
     problem = truth.affine(10, 3, 10, [0.5, 0.8, 0.9])
     f, z0 = truth.affine_map(be, problem), be.asarray(0 * problem.b)
     first = iterate(be, solver, f, z0, StoppingCriteria(1e-3, max_steps=9))
-    before, found = estimate(be, solver, first), host(be, first)
+    before, result = estimate(be, solver, first), host(be, first)
     for _ in range(2):
         iterate(be, solver, f, z0, StoppingCriteria(1e-12, max_steps=30), first.carry)
     assert identical(estimate(be, solver, first), before)
     after = host(be, first)
-    assert all(identical(after[name], found[name]) for name in FIELDS)
+    assert all(identical(after[name], result[name]) for name in FIELDS)
 
 
 @dataclass(frozen=True)
@@ -651,9 +651,9 @@ def test_nested_states_are_frozen_leaf_by_leaf(be):
     forward = iterate(
         be, NestedState(), lambda z: rates * z + 1, be.asarray(np.zeros((2, 3))), StoppingCriteria(1e-4, max_steps=99)
     )
-    found, state = host(be, forward), forward.carry.state
+    result, state = host(be, forward), forward.carry.state
     assert isinstance(state, Nested)
-    assert identical(be.to_numpy(state.inner[0]), found["z"])
-    assert identical(be.to_numpy(state.inner[1][0]), found["fz"])
+    assert identical(be.to_numpy(state.inner[0]), result["z"])
+    assert identical(be.to_numpy(state.inner[1][0]), result["fz"])
     assert state.nothing is None
-    assert int(be.to_numpy(state.counter)) == found["steps"].max()  # shared by all samples: never frozen
+    assert int(be.to_numpy(state.counter)) == result["steps"].max()  # shared by all samples: never frozen

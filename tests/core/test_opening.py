@@ -38,8 +38,8 @@ def solved(be, j, b, dtype="float64", calls=None, **options):
             calls.append(1)
         return be.xp.sum(stored * v[:, None, :], axis=2)
 
-    found = opened(be, product, be.asarray(b, dtype=dtype), **options)
-    return {name: be.to_numpy(getattr(found, name)) for name in found._fields}
+    result = opened(be, product, be.asarray(b, dtype=dtype), **options)
+    return {name: be.to_numpy(getattr(result, name)) for name in result._fields}
 
 
 def left(j, b, x):
@@ -48,13 +48,13 @@ def left(j, b, x):
 
 def test_samples_of_all_rates_are_solved_and_their_residual_is_the_true_one(be):
     j, b, exact = systems()
-    found = solved(be, j, b)
-    assert found["converged"].all()
-    assert (left(j, b, found["x"]) <= 1.001e-6).all()
-    assert found["residual"] / np.linalg.norm(b, axis=1) == pytest.approx(left(j, b, found["x"]), abs=1e-12)
-    assert np.abs(found["x"] - exact).max() <= 1e-4
+    result = solved(be, j, b)
+    assert result["converged"].all()
+    assert (left(j, b, result["x"]) <= 1.001e-6).all()
+    assert result["residual"] / np.linalg.norm(b, axis=1) == pytest.approx(left(j, b, result["x"]), abs=1e-12)
+    assert np.abs(result["x"] - exact).max() <= 1e-4
     # A multiple of an orthogonal matrix leaves exactly this part in each step.
-    assert found["products"][:2].tolist() == [np.ceil(np.log(1e-6) / np.log(rate)) for rate in RATES[:2]]
+    assert result["products"][:2].tolist() == [np.ceil(np.log(1e-6) / np.log(rate)) for rate in RATES[:2]]
 
 
 def test_a_sample_does_not_depend_on_its_batch_mates(be):
@@ -71,17 +71,17 @@ def test_a_batch_that_contracts_needs_no_basis(be, monkeypatch):
     j, b, _ = systems(RATES[:2])
     calls = []
     monkeypatch.setattr(type(be), "history", lambda *_, **__: pytest.fail("a basis was allocated"))
-    found = solved(be, j, b, calls=calls)
-    assert found["converged"].all()
-    assert len(calls) == found["products"].max()
+    result = solved(be, j, b, calls=calls)
+    assert result["converged"].all()
+    assert len(calls) == result["products"].max()
 
 
 def test_an_expanding_sample_loses_one_product(be):
     """Its only plain step is not taken, so that GMRES begins at zero."""
     j, b, _ = systems(RATES[3:], n=6)
-    found = solved(be, j, b)
-    assert found["converged"].all()
-    assert found["products"].tolist() == [7]
+    result = solved(be, j, b)
+    assert result["converged"].all()
+    assert result["products"].tolist() == [7]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -89,17 +89,17 @@ def test_a_bad_cotangent_stays_in_its_row(be, bad):
     j, b, _ = systems()
     expected = solved(be, j, b)
     b[1, 3] = bad
-    found = solved(be, j, b)
-    assert found["converged"].tolist() == [True, False, True, True]
-    assert np.isnan(found["x"][1]).all()
-    assert found["x"][[0, 2, 3]] == pytest.approx(expected["x"][[0, 2, 3]], rel=1e-10)
+    result = solved(be, j, b)
+    assert result["converged"].tolist() == [True, False, True, True]
+    assert np.isnan(result["x"][1]).all()
+    assert result["x"][[0, 2, 3]] == pytest.approx(expected["x"][[0, 2, 3]], rel=1e-10)
 
 
 def test_a_product_that_is_not_finite_fails(be):
     j, b, _ = systems()
     j[0, 0, 0] = np.nan
-    found = solved(be, j, b)
-    assert found["converged"].tolist() == [False, True, True, True]
+    result = solved(be, j, b)
+    assert result["converged"].tolist() == [False, True, True, True]
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
@@ -108,16 +108,16 @@ def test_scale_changes_nothing(be, scale):
     j, b, exact = systems()
     b32 = b.astype(np.float32)
     plain = solved(be, j, b32, "float32", rtol=1e-4)
-    found = solved(be, j, b32 * np.float32(scale), "float32", rtol=1e-4)
-    assert found["converged"].all()
-    assert found["products"].tolist() == plain["products"].tolist()
-    assert np.abs(found["x"] / scale - exact).max() <= 2e-3 * np.abs(exact).max()
+    result = solved(be, j, b32 * np.float32(scale), "float32", rtol=1e-4)
+    assert result["converged"].all()
+    assert result["products"].tolist() == plain["products"].tolist()
+    assert np.abs(result["x"] / scale - exact).max() <= 2e-3 * np.abs(exact).max()
 
 
 def test_a_tolerance_below_rounding_is_not_reported_as_met(be):
     j, b, _ = systems(RATES[:2])
-    found = solved(be, j, b, "float32", rtol=1e-9)
-    assert not found["converged"].any()
+    result = solved(be, j, b, "float32", rtol=1e-9)
+    assert not result["converged"].any()
 
 
 def test_the_strategy_opens_in_traced_code_with_enough_unknowns_and_no_budget(monkeypatch):
@@ -149,8 +149,8 @@ def test_the_residual_of_half_precision_contains_the_rounding_of_the_sum(be):
     b = rng.standard_normal(rates.shape)
     b[:, 0] = 0.04
     d, g = be.asarray(rates, dtype="float16"), be.asarray(b, dtype="float16")
-    found = opened(be, lambda v: d * v, g, rtol=2e-3, max_steps=60, reorthogonalize=True, restart=40)
-    d, g, x = (be.to_numpy(each).astype(float) for each in (d, g, found.x))
+    result = opened(be, lambda v: d * v, g, rtol=2e-3, max_steps=60, reorthogonalize=True, restart=40)
+    d, g, x = (be.to_numpy(array).astype(float) for array in (d, g, result.x))
     true = np.linalg.norm(g - x + d * x, axis=1)
-    assert be.to_numpy(found.converged).all()
-    assert (true <= np.maximum(1.01 * be.to_numpy(found.residual), 2e-3 * np.linalg.norm(g, axis=1))).all()
+    assert be.to_numpy(result.converged).all()
+    assert (true <= np.maximum(1.01 * be.to_numpy(result.residual), 2e-3 * np.linalg.norm(g, axis=1))).all()

@@ -55,8 +55,8 @@ def solved(be, j, b, dtype="float64", calls=None, method=plain_or_gmres, **optio
             calls.append(1)
         return be.xp.matmul(stored, v[:, :, None])[:, :, 0]
 
-    found = method(be, product, be.asarray(b, dtype=dtype), **options)
-    return {name: be.to_numpy(getattr(found, name)) for name in found._fields}
+    result = method(be, product, be.asarray(b, dtype=dtype), **options)
+    return {name: be.to_numpy(getattr(result, name)) for name in result._fields}
 
 
 def left(j, b, x):
@@ -80,12 +80,12 @@ def steps(monkeypatch):
 @pytest.mark.parametrize("rtol", [1e-3, 1e-6, 1e-10])
 def test_samples_of_all_kinds_are_solved_and_their_residual_is_the_true_one(be, steps, rtol):
     j, b, exact = systems()
-    found, plain = solved(be, j, b, rtol=rtol), solved(be, j, b, rtol=rtol, method=gmres, shifted=True)
-    assert found["converged"].all()
-    assert (left(j, b, found["x"]) <= 1.001 * rtol).all()
-    assert found["residual"] / np.linalg.norm(b, axis=1) == pytest.approx(left(j, b, found["x"]), abs=1e-12)
-    assert np.abs(found["x"] - exact).max() <= 1e3 * rtol
-    assert (found["products"] <= plain["products"] + 3).all()
+    result, plain = solved(be, j, b, rtol=rtol), solved(be, j, b, rtol=rtol, method=gmres, shifted=True)
+    assert result["converged"].all()
+    assert (left(j, b, result["x"]) <= 1.001 * rtol).all()
+    assert result["residual"] / np.linalg.norm(b, axis=1) == pytest.approx(left(j, b, result["x"]), abs=1e-12)
+    assert np.abs(result["x"] - exact).max() <= 1e3 * rtol
+    assert (result["products"] <= plain["products"] + 3).all()
     assert max(steps) >= 2
 
 
@@ -96,17 +96,17 @@ def test_samples_that_turn_grow_no_basis(be, monkeypatch):
     monkeypatch.setattr(
         KrylovSpace, "grow", lambda *args, **kwargs: dimensions.append(grow(*args, **kwargs)) or dimensions[-1]
     )
-    found = solved(be, j, b, calls=calls)
-    assert found["converged"].all()
+    result = solved(be, j, b, calls=calls)
+    assert result["converged"].all()
     assert max(int(be.to_numpy(k.dimension)) for k in dimensions) == LOOK
-    assert len(calls) == found["products"].max()
+    assert len(calls) == result["products"].max()
 
 
 def test_symmetric_and_slow_samples_take_the_steps_of_gmres(be, steps):
     j, b, _ = systems(("symmetric", "ring", "expanding", "growing"))
-    found, plain = solved(be, j, b), solved(be, j, b, method=gmres, shifted=True)
-    assert found["products"].tolist() == plain["products"].tolist()
-    assert found["x"] == pytest.approx(plain["x"], rel=1e-9, abs=1e-9)
+    result, plain = solved(be, j, b), solved(be, j, b, method=gmres, shifted=True)
+    assert result["products"].tolist() == plain["products"].tolist()
+    assert result["x"] == pytest.approx(plain["x"], rel=1e-9, abs=1e-9)
     assert not steps
 
 
@@ -114,9 +114,9 @@ def test_samples_with_plain_steps_ride_along(be):
     """No sample waits for another, except that without fused kernels one that returns waits for a space of its own."""
     j, b, _ = systems(("turning", "symmetric", "ring", "fast"))
     calls = []
-    found = solved(be, j, b, calls=calls)
-    assert found["converged"].all()
-    assert len(calls) == found["products"].max()
+    result = solved(be, j, b, calls=calls)
+    assert result["converged"].all()
+    assert len(calls) == result["products"].max()
 
 
 def test_a_sample_that_returns_joins_the_space_of_the_others(steps):
@@ -124,11 +124,11 @@ def test_a_sample_that_returns_joins_the_space_of_the_others(steps):
     be = deqcore.get_backend(backend="torch")
     j, b, _ = systems(("hidden", "ring"))
     calls = []
-    found = solved(be, j, b, calls=calls)
-    assert found["converged"].all()
-    assert (left(j, b, found["x"]) <= 1.001e-6).all()
+    result = solved(be, j, b, calls=calls)
+    assert result["converged"].all()
+    assert (left(j, b, result["x"]) <= 1.001e-6).all()
     assert steps
-    assert len(calls) == found["products"].max()
+    assert len(calls) == result["products"].max()
 
 
 def shifted(weights, b, **options):
@@ -137,8 +137,8 @@ def shifted(weights, b, **options):
     stored, first = be.asarray(weights), np.zeros(weights.shape)
     first[:, 0] = b
     options = {"rtol": 1e-10, "max_steps": 200, "reorthogonalize": True, "restart": 40} | options
-    found = plain_or_gmres(be, lambda v: be.xp.roll(stored * v, 1, axis=1), be.asarray(first), **options)
-    return be.to_numpy(found.converged).tolist(), be.to_numpy(found.products).tolist()
+    result = plain_or_gmres(be, lambda v: be.xp.roll(stored * v, 1, axis=1), be.asarray(first), **options)
+    return be.to_numpy(result.converged).tolist(), be.to_numpy(result.products).tolist()
 
 
 def test_a_sample_that_joins_at_the_last_dimension_begins_again(steps):
@@ -184,8 +184,8 @@ def test_a_sample_that_does_not_return_has_the_same_bits_in_any_batch():
         a, c = be.asarray(right[rows]), be.asarray(left[rows])
         product = lambda v: a * be.xp.roll(v, 1, axis=1) + c * be.xp.roll(v, -1, axis=1)
         options = {"rtol": 1e-6, "max_steps": 150, "reorthogonalize": True, "restart": 40}
-        found = plain_or_gmres(be, product, be.asarray(g[rows]), **options)
-        return {name: be.to_numpy(getattr(found, name)) for name in found._fields}
+        result = plain_or_gmres(be, product, be.asarray(g[rows]), **options)
+        return {name: be.to_numpy(getattr(result, name)) for name in result._fields}
 
     together = run(slice(None))
     for row in range(5):
@@ -199,9 +199,9 @@ def test_fused_kernels_do_what_operations_do(monkeypatch):
     j, b, _ = systems()
     fused = solved(be, j, b)
     monkeypatch.setattr(be, "kernels", None)
-    found = solved(be, j, b)
-    assert found["products"].tolist() == fused["products"].tolist()
-    assert found["x"] == pytest.approx(fused["x"], rel=1e-9, abs=1e-9)
+    result = solved(be, j, b)
+    assert result["products"].tolist() == fused["products"].tolist()
+    assert result["x"] == pytest.approx(fused["x"], rel=1e-9, abs=1e-9)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -212,11 +212,11 @@ def test_a_bad_cotangent_or_product_stays_in_its_row(be, bad, row):
     others = np.arange(len(KINDS)) != row
     for array, index in ((b, (row, 3)), (j, (row, 0, 0))):
         before, array[index] = array[index], bad
-        found = solved(be, j, b)
+        result = solved(be, j, b)
         array[index] = before
-        assert not found["converged"][row]
-        assert found["converged"][others].all()
-        assert found["x"][others] == pytest.approx(expected["x"][others], rel=1e-9, abs=1e-9)
+        assert not result["converged"][row]
+        assert result["converged"][others].all()
+        assert result["x"][others] == pytest.approx(expected["x"][others], rel=1e-9, abs=1e-9)
 
 
 def test_a_product_that_becomes_bad_returns_to_gmres_and_fails(be):
@@ -231,9 +231,9 @@ def test_a_product_that_becomes_bad_returns_to_gmres_and_fails(be):
             image if len(calls) < LOOK + 3 else be.select(be.asarray([True, False, False]), 0 * image + np.nan, image)
         )
 
-    found = plain_or_gmres(be, product, be.asarray(b), rtol=1e-6, max_steps=150, reorthogonalize=True, restart=40)
-    assert be.to_numpy(found.converged).tolist() == [False, True, True]
-    assert (left(j, b, be.to_numpy(found.x))[1:] <= 1.001e-6).all()
+    result = plain_or_gmres(be, product, be.asarray(b), rtol=1e-6, max_steps=150, reorthogonalize=True, restart=40)
+    assert be.to_numpy(result.converged).tolist() == [False, True, True]
+    assert (left(j, b, be.to_numpy(result.x))[1:] <= 1.001e-6).all()
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
@@ -242,10 +242,10 @@ def test_scale_changes_nothing(be, scale):
     j, b, exact = systems()
     b32 = b.astype(np.float32)
     plain = solved(be, j, b32, "float32", rtol=1e-4)
-    found = solved(be, j, b32 * np.float32(scale), "float32", rtol=1e-4)
-    assert found["converged"].all()
-    assert np.abs(found["products"] - plain["products"]).max() <= 1
-    assert np.abs(found["x"] / scale - exact).max() <= 5e-2
+    result = solved(be, j, b32 * np.float32(scale), "float32", rtol=1e-4)
+    assert result["converged"].all()
+    assert np.abs(result["products"] - plain["products"]).max() <= 1
+    assert np.abs(result["x"] / scale - exact).max() <= 5e-2
 
 
 def test_a_tolerance_below_rounding_is_not_reported_as_met(be):
@@ -256,10 +256,10 @@ def test_a_tolerance_below_rounding_is_not_reported_as_met(be):
 def test_no_right_hand_side_costs_nothing(be):
     j, b, _ = systems()
     b[[0, 3]] = 0.0
-    found = solved(be, j, b)
-    assert found["converged"].all()
-    assert found["products"][[0, 3]].tolist() == [0, 0]
-    assert not found["x"][[0, 3]].any()
+    result = solved(be, j, b)
+    assert result["converged"].all()
+    assert result["products"][[0, 3]].tolist() == [0, 0]
+    assert not result["x"][[0, 3]].any()
 
 
 @pytest.mark.parametrize(("n", "options", "dtype", "opened"), [

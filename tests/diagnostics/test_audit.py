@@ -51,13 +51,13 @@ def cosine(a, b):
 
 def test_jacobian_free_against_the_closed_form(every, problem):
     *_, g, u = problem
-    found = audit(every, problem, "jacobian-free", forward__solver="picard")  # the smallest program in JAX
-    assert found.cosine == pytest.approx(cosine(g, u), rel=1e-7)
-    assert found.norm_ratio == pytest.approx(np.linalg.norm(g, axis=1) / np.linalg.norm(u, axis=1), rel=1e-7)
-    assert found.error == pytest.approx(np.linalg.norm(g - u, axis=1) / np.linalg.norm(u, axis=1), rel=1e-7)
-    assert found.vjps.tolist() == [0] * B
-    assert (found.exact_residual < 1e-9).all()
-    assert (found.exact_vjps <= N).all()
+    result = audit(every, problem, "jacobian-free", forward__solver="picard")  # the smallest program in JAX
+    assert result.cosine == pytest.approx(cosine(g, u), rel=1e-7)
+    assert result.norm_ratio == pytest.approx(np.linalg.norm(g, axis=1) / np.linalg.norm(u, axis=1), rel=1e-7)
+    assert result.error == pytest.approx(np.linalg.norm(g - u, axis=1) / np.linalg.norm(u, axis=1), rel=1e-7)
+    assert result.vjps.tolist() == [0] * B
+    assert (result.exact_residual < 1e-9).all()
+    assert (result.exact_vjps <= N).all()
 
 
 def test_gradients_of_the_arguments(be, problem):
@@ -65,9 +65,9 @@ def test_gradients_of_the_arguments(be, problem):
     a, b, g, u = problem
     z = np.stack([np.linalg.solve(np.eye(N) - a[i], b[i]) for i in range(B)])
     whole = [np.concatenate([np.einsum("bi,bj->bij", v, z).ravel(), v.ravel()]) for v in (g, u)]
-    found = audit(be, problem, "jacobian-free")
-    assert found.gradient_cosine == pytest.approx(cosine(*whole), rel=1e-6)
-    assert found.gradient_norm_ratio == pytest.approx(np.linalg.norm(whole[0]) / np.linalg.norm(whole[1]), rel=1e-6)
+    result = audit(be, problem, "jacobian-free")
+    assert result.gradient_cosine == pytest.approx(cosine(*whole), rel=1e-6)
+    assert result.gradient_norm_ratio == pytest.approx(np.linalg.norm(whole[0]) / np.linalg.norm(whole[1]), rel=1e-6)
 
 
 def test_gradients_of_complex_arguments(be):
@@ -80,10 +80,10 @@ def test_gradients_of_complex_arguments(be):
     z0, a, x, g = (be.asarray(v, dtype="complex128") for v in (0 * x, a, x, g.conj() if be.autodiff.conjugates else g))
     f = lambda z, a, x: be.xp.sum(a[None] * z[:, None, :], axis=2) + x
     settings = {"forward__rtol": 1e-10, "backward__strategy": "jacobian-free"}
-    found = gradient_audit(f, z0, a, x, cotangent=g, **settings)
+    result = gradient_audit(f, z0, a, x, cotangent=g, **settings)
     norms = np.linalg.norm(p), np.linalg.norm(q)
-    assert found.gradient_cosine == pytest.approx(np.vdot(p, q).real / norms[0] / norms[1], rel=1e-6)
-    assert found.gradient_norm_ratio == pytest.approx(norms[0] / norms[1], rel=1e-6)
+    assert result.gradient_cosine == pytest.approx(np.vdot(p, q).real / norms[0] / norms[1], rel=1e-6)
+    assert result.gradient_norm_ratio == pytest.approx(norms[0] / norms[1], rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -94,9 +94,9 @@ def test_a_truncated_series(be, problem, strategy, options):
     a, _, g, u = problem
     pulled = np.einsum("bij,bi->bj", a, g)
     series = g + pulled + np.einsum("bij,bi->bj", a, pulled)
-    found = audit(be, problem, strategy, options=options)
-    assert found.cosine == pytest.approx(cosine(series, u), rel=1e-6)
-    assert np.isnan(found.vjps).all() == (strategy == "phantom")
+    result = audit(be, problem, strategy, options=options)
+    assert result.cosine == pytest.approx(cosine(series, u), rel=1e-6)
+    assert np.isnan(result.vjps).all() == (strategy == "phantom")
 
 
 def test_exact_and_certified_agree_with_the_reference(be, problem):
@@ -119,18 +119,18 @@ def test_a_module_that_nothing_is_passed_to():
     cell = torch.nn.Linear(4, 4)
     with torch.no_grad():
         cell.weight *= 0.5
-    found = gradient_audit(cell, torch.zeros(2, 4), cotangent=torch.ones(2, 4), backward__strategy="exact-ift")
-    assert found.cosine == pytest.approx([1.0, 1.0], abs=1e-5)
-    assert np.isnan(found.gradient_cosine)
+    result = gradient_audit(cell, torch.zeros(2, 4), cotangent=torch.ones(2, 4), backward__strategy="exact-ift")
+    assert result.cosine == pytest.approx([1.0, 1.0], abs=1e-5)
+    assert np.isnan(result.gradient_cosine)
 
 
 def test_zero_cotangent_nan_and_an_empty_batch(be, problem):
     g = problem[2].copy()
     g[0], g[1] = 0.0, np.nan
-    found = audit(be, problem, "jacobian-free", g=g)
-    assert (found.cosine[0], found.norm_ratio[0], found.error[0]) == (1.0, 1.0, 0.0)
-    assert np.isnan(found.error[1])
-    assert np.isfinite(found.error[2])
+    result = audit(be, problem, "jacobian-free", g=g)
+    assert (result.cosine[0], result.norm_ratio[0], result.error[0]) == (1.0, 1.0, 0.0)
+    assert np.isnan(result.error[1])
+    assert np.isfinite(result.error[2])
     empty = be.asarray(np.zeros((0, 4)))
     nothing = gradient_audit(lambda z: 0.5 * z, empty, cotangent=empty, backward__strategy="jacobian-free")
     assert nothing.cosine.shape == (0,)
@@ -169,16 +169,16 @@ def test_a_plain_iterations_curve_is_geometric(every):
     rates = np.array([[0.5], [0.8]])
     stored = every.asarray(rates)
     z0 = every.asarray(np.zeros((2, 1)))
-    found = residual_curve(lambda z: stored * z + 1, z0, steps=12, forward__solver="picard", forward__rtol=1e-3)
+    result = residual_curve(lambda z: stored * z + 1, z0, steps=12, forward__solver="picard", forward__rtol=1e-3)
     k = np.arange(13)[:, None]
     expected = rates.T**k * (1 - rates.T) / (1 - rates.T ** (k + 1))
     met = np.argmax(expected[:, 0] <= 1e-3)
-    assert found.steps.tolist() == [met, 12]
-    assert found.residual[: met + 1, 0] == pytest.approx(expected[: met + 1, 0], rel=1e-9)
-    assert found.residual[:, 1] == pytest.approx(expected[:, 1], rel=1e-9)
-    assert found.rate() == pytest.approx([0.5, 0.8], rel=0.1)
-    assert found.steps_to(1e-3).tolist() == [met, -1]
-    assert found.steps_to(0.5).tolist() == [np.argmax(each <= 0.5) for each in expected.T]
+    assert result.steps.tolist() == [met, 12]
+    assert result.residual[: met + 1, 0] == pytest.approx(expected[: met + 1, 0], rel=1e-9)
+    assert result.residual[:, 1] == pytest.approx(expected[:, 1], rel=1e-9)
+    assert result.rate() == pytest.approx([0.5, 0.8], rel=0.1)
+    assert result.steps_to(1e-3).tolist() == [met, -1]
+    assert result.steps_to(0.5).tolist() == [np.argmax(each <= 0.5) for each in expected.T]
 
 
 def test_a_curve_is_the_solve_that_fixed_point_makes(be, problem):
@@ -197,10 +197,10 @@ def test_a_curve_is_the_solve_that_fixed_point_makes(be, problem):
 
 
 def test_a_curve_of_a_solve_that_fails(be):
-    found = residual_curve(lambda z: 0 * z + float("nan"), be.asarray(np.zeros((1, 1))), steps=30)
-    assert len(found.residual) == 1
-    assert np.isnan(found.residual).all()
-    assert np.isnan(found.rate()).all()
+    result = residual_curve(lambda z: 0 * z + float("nan"), be.asarray(np.zeros((1, 1))), steps=30)
+    assert len(result.residual) == 1
+    assert np.isnan(result.residual).all()
+    assert np.isnan(result.rate()).all()
     empty = residual_curve(lambda z: 0.5 * z, be.asarray(np.zeros((0, 2))), steps=3)
     assert empty.residual.shape[1] == 0
     with pytest.raises(ConfigError, match="steps must be .*got -1"):

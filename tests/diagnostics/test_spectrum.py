@@ -36,33 +36,33 @@ def pair(n, modulus, angle, rng):
 def test_each_sample_has_its_own(every):
     rng = np.random.default_rng(0)
     a = np.stack([scale * rng.standard_normal((30, 30)) / np.sqrt(30) for scale in (0.3, 0.9, 1.5)])
-    found = spectral_radius(affine(every, a), every.asarray(np.zeros((3, 30))), tolerance=1e-9)
-    assert found.radius == pytest.approx(radius(a), rel=1e-7)
-    assert found.products <= 30
+    spectrum = spectral_radius(affine(every, a), every.asarray(np.zeros((3, 30))), tolerance=1e-9)
+    assert spectrum.radius == pytest.approx(radius(a), rel=1e-7)
+    assert spectrum.products <= 30
 
 
 def test_a_complex_pair_is_found_with_its_angle(be):
     rng = np.random.default_rng(1)
     a = np.stack([pair(40, 0.97, angle, rng) for angle in (0.3, 1.6, 3.0)])
-    found = spectral_radius(affine(be, a), be.asarray(np.zeros((3, 40))), tolerance=1e-8, max_products=40)
-    assert found.radius == pytest.approx([0.97] * 3, rel=1e-6)
-    assert np.angle(found.eigenvalue) == pytest.approx([0.3, 1.6, 3.0], rel=1e-5)
+    spectrum = spectral_radius(affine(be, a), be.asarray(np.zeros((3, 40))), tolerance=1e-8, max_products=40)
+    assert spectrum.radius == pytest.approx([0.97] * 3, rel=1e-6)
+    assert np.angle(spectrum.eigenvalue) == pytest.approx([0.3, 1.6, 3.0], rel=1e-5)
 
 
 def test_non_normal(be):
     rng = np.random.default_rng(2)
     a = np.stack([np.triu(rng.standard_normal((25, 25)), 1) / 5 + np.diag(rng.uniform(-0.8, 0.8, 25)) for _ in "ab"])
-    found = spectral_radius(affine(be, a), be.asarray(np.zeros((2, 25))), tolerance=0.0)
-    assert found.products == 25
-    assert found.radius == pytest.approx(np.abs(np.diagonal(a, axis1=1, axis2=2)).max(axis=1), rel=1e-5)
+    spectrum = spectral_radius(affine(be, a), be.asarray(np.zeros((2, 25))), tolerance=0.0)
+    assert spectrum.products == 25
+    assert spectrum.radius == pytest.approx(np.abs(np.diagonal(a, axis1=1, axis2=2)).max(axis=1), rel=1e-5)
 
 
 @given(seed=st.integers(0, 10_000), n=st.integers(1, 12), symmetric=st.booleans())
 def test_any_small_matrix(seed, n, symmetric):
     a = np.random.default_rng(seed).standard_normal((2, n, n))
     a = a + np.swapaxes(a, 1, 2) if symmetric else a
-    found = spectral_radius(affine(deqcore.get_backend(backend="numpy"), a), np.zeros((2, n)), tolerance=0.0)
-    assert found.radius == pytest.approx(radius(a), rel=1e-6)
+    spectrum = spectral_radius(affine(deqcore.get_backend(backend="numpy"), a), np.zeros((2, n)), tolerance=0.0)
+    assert spectrum.radius == pytest.approx(radius(a), rel=1e-6)
 
 
 def test_the_error_bounds_what_few_products_miss():
@@ -71,33 +71,35 @@ def test_the_error_bounds_what_few_products_miss():
     q = np.linalg.qr(rng.standard_normal((60, 60)))[0]
     values = rng.uniform(-1, 1, 60)
     a = (q @ np.diag(values) @ q.T)[None]
-    found = spectral_radius(affine(deqcore.get_backend(backend="numpy"), a), np.zeros((1, 60)), max_products=8)
-    assert found.products == 8
-    assert np.abs(values - found.eigenvalue.real).min() <= found.error[0] * (1 + 1e-9)
-    assert found.error[0] > 0
+    spectrum = spectral_radius(affine(deqcore.get_backend(backend="numpy"), a), np.zeros((1, 60)), max_products=8)
+    assert spectrum.products == 8
+    assert np.abs(values - spectrum.eigenvalue.real).min() <= spectrum.error[0] * (1 + 1e-9)
+    assert spectrum.error[0] > 0
 
 
 def test_at_a_state_of_a_nonlinear_function_in_float32():
     torch.manual_seed(0)
     w = 0.8 * torch.randn(50, 50) / 50**0.5
     z = torch.randn(4, 5, 10)
-    found = spectral_radius(lambda z, w: torch.tanh(z.reshape(-1, 50) @ w.T).reshape(-1, 5, 10), z, w, tolerance=1e-4)
+    spectrum = spectral_radius(
+        lambda z, w: torch.tanh(z.reshape(-1, 50) @ w.T).reshape(-1, 5, 10), z, w, tolerance=1e-4
+    )
     slope = 1 - torch.tanh(z.reshape(-1, 50) @ w.T) ** 2
-    assert found.radius == pytest.approx(radius((slope[:, :, None] * w).double().numpy()), rel=2e-3)
+    assert spectrum.radius == pytest.approx(radius((slope[:, :, None] * w).double().numpy()), rel=2e-3)
 
 
 def test_a_nan_stays_in_its_sample(every):
     a = np.stack([0.5 * np.eye(4), np.full((4, 4), np.nan), 0.25 * np.eye(4)])
-    found = spectral_radius(affine(every, a), every.asarray(np.ones((3, 4))))
-    assert found.radius[[0, 2]] == pytest.approx([0.5, 0.25])
-    assert np.isnan(found.radius[1])
-    assert np.isnan(found.error[1])
+    spectrum = spectral_radius(affine(every, a), every.asarray(np.ones((3, 4))))
+    assert spectrum.radius[[0, 2]] == pytest.approx([0.5, 0.25])
+    assert np.isnan(spectrum.radius[1])
+    assert np.isnan(spectrum.error[1])
 
 
 def test_nothing_to_measure(be):
-    found = spectral_radius(lambda z: 0.5 * z, be.asarray(np.zeros((0, 4))))
-    assert found.radius.shape == found.error.shape == (0,)
-    assert found.products == 0
+    spectrum = spectral_radius(lambda z: 0.5 * z, be.asarray(np.zeros((0, 4))))
+    assert spectrum.radius.shape == spectrum.error.shape == (0,)
+    assert spectrum.products == 0
     flat = spectral_radius(lambda z: 0 * z, be.asarray(np.ones((2, 4))))
     assert flat.radius == pytest.approx([0.0, 0.0])
 

@@ -15,8 +15,8 @@ from deqcore.study.settings import DataChoice
 
 
 def test_digits_are_split_by_class_without_overlap():
-    found = data.load(DataChoice(name="digits"))
-    parts = [found.train, found.validation, found.test]
+    dataset = data.load(DataChoice(name="digits"))
+    parts = [dataset.train, dataset.validation, dataset.test]
     images = [{image.tobytes() for image in part.x} for part in parts]
     assert sum(map(len, parts)) == 1797
     assert not (images[0] & images[2])
@@ -24,9 +24,9 @@ def test_digits_are_split_by_class_without_overlap():
     for part, share in zip(parts, (0.6, 0.2, 0.2), strict=True):
         counts = np.bincount(part.y) / np.bincount(np.concatenate([each.y for each in parts]))
         np.testing.assert_allclose(counts, share, atol=0.01)
-    assert found.train.x.dtype == np.float32
-    assert found.train.x.min() == 0.0
-    assert found.train.x.max() == 1.0
+    assert dataset.train.x.dtype == np.float32
+    assert dataset.train.x.min() == 0.0
+    assert dataset.train.x.max() == 1.0
 
 
 def test_the_split_is_always_the_same():
@@ -73,14 +73,14 @@ def images(root: Path, part: str, sizes: dict[str, int], side: int = 6) -> None:
 def test_an_image_folder(tmp_path: Path):
     images(tmp_path, "train", {"cat": 10, "dog": 10})
     images(tmp_path, "test", {"cat": 2, "dog": 3})
-    found = data.load(DataChoice(name="images", path=str(tmp_path)))
-    assert found.classes == ("cat", "dog")
-    assert [len(part) for part in (found.train, found.validation, found.test)] == [16, 4, 5]
-    assert found.train.x.shape[1:] == (3, 6, 6)
+    dataset = data.load(DataChoice(name="images", path=str(tmp_path)))
+    assert dataset.classes == ("cat", "dog")
+    assert [len(part) for part in (dataset.train, dataset.validation, dataset.test)] == [16, 4, 5]
+    assert dataset.train.x.shape[1:] == (3, 6, 6)
     from PIL import Image
 
     first = np.asarray(Image.open(tmp_path / "test" / "cat" / "000.png"))
-    np.testing.assert_allclose(found.test.x[0].transpose(1, 2, 0) * 255, first, atol=1e-4)
+    np.testing.assert_allclose(dataset.test.x[0].transpose(1, 2, 0) * 255, first, atol=1e-4)
     small = data.load(DataChoice(name="images", path=str(tmp_path), size=4, per_class=5))
     assert small.train.x.shape == (8, 3, 4, 4)
 
@@ -121,14 +121,14 @@ def test_npz(tmp_path: Path):
     x, y = rng.integers(0, 256, (20, 4, 4), dtype=np.uint8), np.repeat([0, 1], 10)
     path = tmp_path / "mine.npz"
     np.savez(path, x_train=x, y_train=y, x_test=x[:3], y_test=y[:3])
-    found = data.load(DataChoice(name="arrays", path=str(path)))
-    assert found.kind == "image"
-    assert found.train.x.shape == (16, 1, 4, 4)
-    np.testing.assert_array_equal(found.test.x[:, 0], x[:3] / np.float32(255))
+    dataset = data.load(DataChoice(name="arrays", path=str(path)))
+    assert dataset.kind == "image"
+    assert dataset.train.x.shape == (16, 1, 4, 4)
+    np.testing.assert_array_equal(dataset.test.x[:, 0], x[:3] / np.float32(255))
     np.savez(path, x_train=x.reshape(20, -1), y_train=y)
-    found = data.load(DataChoice(name="arrays", path=str(path)))
-    assert found.kind == "vector"
-    assert [len(part) for part in (found.train, found.validation, found.test)] == [12, 4, 4]
+    dataset = data.load(DataChoice(name="arrays", path=str(path)))
+    assert dataset.kind == "vector"
+    assert [len(part) for part in (dataset.train, dataset.validation, dataset.test)] == [12, 4, 4]
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -145,8 +145,8 @@ def test_idx_files_as_mnist_has_them(tmp_path: Path):
     with pytest.raises(DataError, match=r"t10k-labels-idx1-ubyte"):
         data.load(choice)
     (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(y[:4]))
-    found = data.load(choice)
-    np.testing.assert_allclose(found.test.x[:, 0] * 255, x[:4], atol=1e-4)
+    dataset = data.load(choice)
+    np.testing.assert_allclose(dataset.test.x[:, 0] * 255, x[:4], atol=1e-4)
     (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(y[:4])[:-1])
     with pytest.raises(DataError, match="is cut off"):
         data.load(choice)
@@ -177,12 +177,12 @@ def test_unfit_arrays(tmp_path: Path):
 def test_a_text_becomes_windows_with_their_successors(tmp_path: Path):
     path = tmp_path / "a.txt"
     path.write_text("abcde" * 40)
-    found = data.load(DataChoice(name="text", path=str(path), length=8))
-    assert found.train.x.shape == (19, 8)  # (160 − 1) // 8
-    assert (found.train.x[:, 1:] == found.train.y[:, :-1]).all()
-    letters = np.asarray(found.classes)
-    assert "".join(letters[found.train.x[0]]) == "abcdeabc"
-    assert "".join(letters[found.train.y[0]]) == "bcdeabcd"
+    dataset = data.load(DataChoice(name="text", path=str(path), length=8))
+    assert dataset.train.x.shape == (19, 8)  # (160 − 1) // 8
+    assert (dataset.train.x[:, 1:] == dataset.train.y[:, :-1]).all()
+    letters = np.asarray(dataset.classes)
+    assert "".join(letters[dataset.train.x[0]]) == "abcdeabc"
+    assert "".join(letters[dataset.train.y[0]]) == "bcdeabcd"
 
 
 def test_words_that_are_rare_share_a_number(tmp_path: Path):
@@ -192,9 +192,9 @@ def test_words_that_are_rare_share_a_number(tmp_path: Path):
         ("test", "a the cat " * 9),
     ):
         (tmp_path / f"{part}.txt").write_text(text)
-    found = data.load(DataChoice(name="text", path=str(tmp_path), level="word", length=4, words=3))
-    assert found.classes == ("<rare>", "the", "cat")
-    assert found.test.x[0].tolist() == [0, 1, 2, 0]
+    dataset = data.load(DataChoice(name="text", path=str(tmp_path), level="word", length=4, words=3))
+    assert dataset.classes == ("<rare>", "the", "cat")
+    assert dataset.test.x[0].tolist() == [0, 1, 2, 0]
 
 
 @pytest.mark.parametrize(("content", "words"), [(b"", "is empty"), (b"\xff\xfe", "UTF-8"), (b"short", "one window")])
