@@ -120,12 +120,12 @@ def solve_certified(
     error is A^-1 r = M (A M)^-1 r, and the Krylov space knows a lower bound 1/σ_min(H̄) of ‖(A M)^-1‖, which is tight
     once the space has met the slow modes, or M has taken them out. The estimate is
 
-        error ≈ max(R max(‖r‖, ‖M r‖) / σ, 1.8 ‖M' r‖, 2.8 ρ √(‖r‖/σ ‖M' r‖)) / ‖u‖
+        error ≈ max(R max(‖r‖, ‖M r‖) / σ, 1.8 ‖M' r‖, 2.6 ρ √(ρ/ρ') √(‖r‖/σ ‖M' r‖)) / ‖u‖
 
     where M' is the forward solve's own estimate of A^-1, with little regularisation: it has met slow modes that a young
-    space has not. R is a factor that `Rule` defines: from the dimension, σ and the ratios ρ by which the residual fell.
-    A residual that falls slowly, or more slowly than it did, is one of slow modes. With M as preconditioner the second
-    factor is 2.5, and there is no third term.
+    space has not. ρ is the ratio by which the last step reduced the residual, and ρ' the best ratio before. R is a
+    factor that `Rule` defines: from the dimension, σ, ρ and ρ/ρ'. A residual that falls slowly, or more slowly than it
+    did, is one of slow modes. With M as preconditioner the second factor is 2.5, and there is no third term.
 
     No sample is certified by fewer than `Rule.least` dimensions unless its space has closed or its residual is tiny.
     Where the rounding of A u exceeds `BLURRED` of the target, one vjp measures the residual, and a new space begins at

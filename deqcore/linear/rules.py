@@ -45,7 +45,7 @@ DEFLATED = Rule(least=3, spread=1.2, youth=2.0, deepest=5.0, aging=1.0, fall=1.0
 """With a preconditioner, which has taken the slow modes out that the forward solve has met."""
 
 WITNESSED = Rule(
-    least=3, spread=1.4, youth=4.0, deepest=5.0, aging=2.0, fall=1.0, rise=0.25, most=2.0, witness=1.8, mean=2.8
+    least=3, spread=1.2, youth=5.0, deepest=5.0, aging=1.5, fall=1.0, rise=0.5, most=2.0, witness=1.8, mean=2.6
 )
 """Where M' has a say: the forward solve has met the slow modes that a young space has not."""
 

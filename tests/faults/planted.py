@@ -284,7 +284,7 @@ STRATEGIES = [
     Fault(
         "first-dimension certificate",
         "deqcore.linear.rules",
-        "least=3, spread=1.4, youth=4.0,",
+        "least=3, spread=1.2, youth=5.0,",
         "least=1, spread=1.0, youth=0.0,",
         "strategy broyden-reuse",
         "test_a_mode_that_the_cotangent_hardly_shows_is_met",
