@@ -26,7 +26,7 @@ def guarded_norm(be: ArrayOps, v: Array, plain_norm: Array) -> Array:
     host = be.host.numpy_view(plain_norm)
     if host is not None:
         doubtful = ~((host > low) & (host < 1 / low))
-        if not np.count_nonzero(doubtful):
+        if not np.count_nonzero(doubtful) or not v.shape[1]:
             return plain_norm
         top = be.host.numpy_view(be.numbers.max_abs(v, plain_norm))
         if top is not None and not np.count_nonzero(doubtful & (top > 0) & np.isfinite(top)):

@@ -49,6 +49,7 @@ class _Pass(NamedTuple):
 
     found: Certified
     left: Array  # residual vector, where the next space begins (batch, n)
+    length: Array  # its norm
     goal: Array  # of its residual
     unfinished: Array  # bool
 
@@ -180,13 +181,13 @@ class _Task:
         error = xp.where(residual > 0, nothing + float("inf"), nothing)
         vjps = xp.zeros_like(norm, dtype=xp.int32)
         found = Certified(self.backend.xp.zeros_like(self.g), residual, error, vjps, norm == 0)
-        first = _Pass(found, self.g, self.max_relative_error * norm, ~found.met)
+        first = _Pass(found, self.g, norm, self.max_relative_error * norm, ~found.met)
         return self.backend.loop(lambda p: xp.any(p.unfinished), self.one_pass, first, PASSES, 1).found
 
     def one_pass(self, p: _Pass) -> _Pass:
         """Build a Krylov space, and measure what it cannot know."""
         f = self.figures
-        k = self.space.begin(p.left, self.max_vjps)
+        k = self.space.begin(p.left, self.max_vjps, f.given(p.length))
         k = k._replace(can_grow=f.given(f.read(k.can_grow) & p.unfinished))
         before = p.found
         again = before.vjps > 0  # before the first space there is no solution that a pass could read
@@ -197,7 +198,7 @@ class _Task:
         u = f.when(again, lambda more: before.u + more, u)
         found = Certified(u, end.residual, end.error, vjps, end.met)
         doubtful = end.unverified & (vjps < self.max_vjps)
-        after = _Pass(found, p.left, p.goal, doubtful)
+        after = _Pass(found, p.left, p.length, p.goal, doubtful)
         return f.when(doubtful, lambda q: self._measured(q, f.read(self.space.inverse_norm(end.space))), after)
 
     def _fused(self, r: _Round, vjps: Array, size: Array) -> tuple[_Round, Array] | None:
@@ -320,7 +321,7 @@ class _Task:
         worse = xp.maximum(error, residual)
         goal = length * tighter(xp, target, worse)
         unfinished = p.unfinished & ~met & (vjps < self.max_vjps)
-        return _Pass(Certified(found.u, residual, error, vjps, met), left, goal, unfinished)
+        return _Pass(Certified(found.u, residual, error, vjps, met), left, length, goal, unfinished)
 
     def _norm(self, v: Array) -> Array:
         return self.figures.read(self.backend.to_accum_dtype(self.backend.norm(v)))

@@ -104,7 +104,7 @@ def gmres(
     if restart is not None and restart < max_steps:
         x, residual, products = _restarted(space, x0, r, goal, max_steps, restart)
     else:
-        k = space.grow(space.begin(r, max_steps), goal, max_steps)
+        k = space.grow(space.begin(r, max_steps, size if r is b else None), goal, max_steps)
         x, residual = ended(space, k, x0)
         products = k.steps
     return LinearSolution(
@@ -200,10 +200,10 @@ class KrylovSpace:
         """Return A x, `(batch, n)`."""
         return x - self.product(x) if self.shifted else self.product(x)
 
-    def begin(self, r: Array, max_steps: int) -> Krylov:
-        """Start the space with the first residual `r` `(batch, n)`, with room for `max_steps`."""
+    def begin(self, r: Array, max_steps: int, norm: Array | None = None) -> Krylov:
+        """Start the space with the first residual `r` `(batch, n)` and room for `max_steps`; `norm` is ‖r‖ if known."""
         backend, xp = self.backend, self.backend.xp
-        norm = backend.to_accum_dtype(backend.norm(r))
+        norm = backend.to_accum_dtype(backend.norm(r) if norm is None else norm)
         size = max(1, max_steps)
         v = r / backend.cast(xp.where(norm > 0, norm, xp.ones_like(norm)), r)[:, None]
         basis = backend.history(r, size + 1).append(v)

@@ -58,7 +58,7 @@ def plain_or_gmres(
     space = KrylovSpace(backend, product, reorthogonalize=reorthogonalize, shifted=True)
     size = backend.norm(b)
     goal = rtol * backend.to_accum_dtype(size)
-    k = space.grow(space.begin(b, restart), goal, LOOK)
+    k = space.grow(space.begin(b, restart, size), goal, LOOK)
     with figures.errstate():
         plain = _Plain(figures, space, k, goal, rtol)
         riding = replace(space, product=plain.riding)

@@ -133,9 +133,19 @@ def test_a_native_step_is_taken(monkeypatch):
     assert krylov.arnoldi in taken
 
 
+@pytest.fixture
+def _three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("solver", [Broyden(), Broyden(history_size=4), Anderson(), Auto(slow=0.3)], ids=repr)
+@pytest.mark.usefixtures("_three_threads")
 def test_bits_depend_neither_on_the_batch_nor_on_threads(monkeypatch, solver):
     monkeypatch.setattr(pool, "WORTH", 1)  # split whatever can be
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     rates = torch.linspace(0.1, 0.9, 40)[:, None]
     x = torch.randn(40, 600, generator=torch.Generator().manual_seed(0))
     all_of_them = solve(lambda z: torch.tanh(rates * z.roll(1, 1) + x), torch.zeros(40, 600), solver, rtol=1e-4)
@@ -281,24 +291,6 @@ def test_a_solve_holds_no_iterate_that_nobody_asks_for():
     for solver, name in ((Broyden(), "basis"), (Anderson(), "values")):
         state = solve(f, z, solver).carry.state
         assert getattr(state, name).store.planned is None
-
-
-def test_pools_do_not_outlive_a_fork():
-    assert pool._pool(2, 1) is not pool._pool(2, 2)
-
-
-def test_an_error_in_a_thread_is_raised(monkeypatch):
-    monkeypatch.setattr(pool, "WORTH", 1)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-
-    def kernel(numbers, start, stop):
-        if start > 0:
-            raise ValueError("here")
-
-    numbers = np.zeros(4)
-    monkeypatch.setattr(pool, "_compiled", {(kernel, numbers.dtype)})
-    with pytest.raises(ValueError, match="here"):
-        pool.run(kernel, 4, 100, numbers)
 
 
 def test_processes_that_compile_at_once_find_their_own_code(tmp_path):

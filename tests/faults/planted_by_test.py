@@ -282,6 +282,30 @@ ENDS = [
         "tests/core/test_plain_steps.py::test_a_sample_that_returns_joins_the_space_of_the_others",
         "assert",
     ),
+    Fault(
+        "threads of the parent in a child of a fork",
+        "deqcore_torch.native.openmp",
+        "return 0 if _Forked.here else _found()",
+        "return _found()",
+        f"{BACKENDS}/test_torch_native_threads.py::test_a_child_of_a_process_that_used_threads_does_not_wait_for_them",
+        "the child waits for threads that do not exist",
+    ),
+    Fault(
+        "the threads of a library that was loaded in advance",
+        "deqcore_torch.native.openmp",
+        "own and first in (0, own) and",
+        "own and",
+        f"{BACKENDS}/test_torch_native_threads.py::test_threads_are_left_alone_if_another_library_was_loaded_in_advance",
+        "assert",
+    ),
+    Fault(
+        "an error in a thread that is lost",
+        "deqcore_torch.native.pool",
+        "        other.result()",
+        "        other.exception()",
+        f"{BACKENDS}/test_torch_native_threads.py::test_an_error_in_a_piece_is_raised[own threads-wrong1]",
+        "DID NOT RAISE",
+    ),
 ]
 
 FAULTS = [*LOOPED, *SILENT, *ENDS]

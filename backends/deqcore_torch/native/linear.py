@@ -285,6 +285,7 @@ class _Certifying(_Growing):
         super().__init__(space, torch.full_like(space.residual, -1.0))
         pending, goal, estimate = self.waiting.copy(), view(task.goal).copy(), task.estimate
         self.x = torch.zeros_like(space.v)
+        self.systems = len(pending) * estimate.pairs.used() ** 3 if isinstance(estimate, Secants) else 0
         self.figures = [view(each).copy() for each in (task.residual, task.error, task.met)]
         self.figures.append(np.zeros_like(pending))
         self.fixed: tuple[Any, ...] = (
@@ -301,7 +302,7 @@ class _Certifying(_Growing):
         run(
             certificates.judge,
             w.shape[0],
-            w.numel() * basis.written,
+            w.numel() * basis.written + self.systems,
             *(view(self.v), basis.addresses(), basis.store.chunk, basis.used(), self.seen),
             *(view(columns.store.chunks[0]), columns.used(), self.columns_seen),
             *self.fixed,

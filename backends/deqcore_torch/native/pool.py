@@ -1,4 +1,4 @@
-"""Run a kernel: one process at a time compiles it, and its samples are split over torch's number of threads."""
+"""Run a kernel: one process at a time compiles it, and torch's number of threads works on its samples."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ from typing import Any, Final
 import torch
 from filelock import FileLock
 
-WORTH: Final = 2**21
-"""Numbers to read above which a second thread pays off: after a product of f the other cores belong to torch's own
-threads, which wait actively for more work, so that a thread that is called to help starts late."""
+from deqcore_torch.native import openmp
+from deqcore_torch.native.entry import entry
+
+WORTH: Final = 2**16
+"""Numbers to read above which another of torch's threads pays off: it starts within microseconds."""
+
+WORTH_APART: Final = 2**21
+"""The same for a thread of our own: after a product of f the other cores belong to torch's threads, which wait actively
+for more work, so that a thread that is called to help starts late."""
 
 _compiled: set[tuple[Any, Any]] = set()
 _compiling = threading.Lock()
@@ -35,14 +41,22 @@ def run(kernel: Callable[..., Any], batch: int, numbers: int, *arguments: Any) -
     """
     if (kernel, arguments[0].dtype) not in _compiled:
         _compile(kernel, *arguments)
-    threads = min(torch.get_num_threads(), batch, max(1, numbers // WORTH))
+    call, parallel = entry(kernel), openmp.parallel()
+    threads = min(torch.get_num_threads(), batch, numbers // (WORTH if parallel else WORTH_APART))
     if threads <= 1:
-        kernel(*arguments, 0, batch)
-        return
+        call(0, 0, batch, 1, *arguments)
+    elif parallel:
+        call(parallel, 0, batch, threads, *arguments)
+    else:
+        _apart(call, batch, threads, *arguments)
+
+
+def _apart(call: Callable[..., None], batch: int, threads: int, *arguments: Any) -> None:
+    """Work in threads of our own."""
     cuts = [batch * i // threads for i in range(threads + 1)]
     pool = _pool(torch.get_num_threads(), os.getpid())
-    others = [pool.submit(kernel, *arguments, a, b) for a, b in pairwise(cuts[1:])]
-    kernel(*arguments, 0, cuts[1])
+    others = [pool.submit(call, 0, a, b, 1, *arguments) for a, b in pairwise(cuts[1:])]
+    call(0, 0, cuts[1], 1, *arguments)
     for other in others:
         other.result()
 
@@ -56,5 +70,5 @@ def _compile(kernel: Any, *arguments: Any) -> None:
     folder = Path(kernel.stats.cache_path)
     folder.mkdir(parents=True, exist_ok=True)
     with _compiling, FileLock(folder / "deqcore-native.lock"):
-        kernel(*arguments, 0, 0)
+        entry(kernel)(0, 0, 0, 1, *arguments)
     _compiled.add((kernel, arguments[0].dtype))
