@@ -6,7 +6,8 @@ into u, and takes a last pass through the graph of y with u. Its inputs are the 
 for z, and the engine gets whole gradients of these tensors: a sum with those of their other uses, one run of each hook.
 
 Where a pass of its own could differ from the engine's, `_Attach` follows y and returns u, and the engine continues
-through y. It then forms the gradient of z, too, one vjp more, which a `_Gate` drops: u already contains it. This is so if
+through y. It then forms the gradient of z, too, one vjp more, which a `_Gate` drops: u already contains it. This is so
+if
 
 - f closes over a tensor with a history, for which no gradient can be returned;
 - an argument with a history depends on a leaf that f reads, or its history is too long to be searched for one;
