@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,19 +17,41 @@ COMPILED: Final = (
 ONCE: Final = "torch::autograd::Error"  # the node behind gradients that `once_differentiable` let out
 
 
+Edge: TypeAlias = tuple[Any, int]  # a node of the graph, and the number of its output
+
+
 @dataclass
 class Outside:
     """Tensors from outside f that its value depends on.
 
     Attributes:
         leaves: leaf tensors that f closes over.
+        ends: where the graph leaves f, by the `key` of the tensor there; z is left out.
         hidden: name of a node that was made before f ran: f closes over a tensor with its own history.
+        direct: whether f reads an argument with a history, but not as its alias.
         compiled: whether f, or a part of it, is compiled code with its own backward.
     """
 
     leaves: list[Tensor] = field(default_factory=list)
+    ends: dict[Any, GradientEdge] = field(default_factory=dict)
     hidden: str | None = None
+    direct: bool = False
     compiled: bool = False
+
+
+def leaf_of(node: Any) -> Tensor | None:
+    """Return the leaf tensor that a node accumulates into; a user's Function may have an attribute of that name."""
+    return node.variable if type(node).__name__ == "AccumulateGrad" else None
+
+
+def name_of(node: Any) -> str:
+    """Return the name of a node; a user's Function may have an attribute of that name."""
+    return str(type(node).name(node))
+
+
+def key(tensor: Tensor) -> Any:
+    """Return what identifies a tensor in the graph; a saved one with a history is another object."""
+    return id(tensor) if tensor.is_leaf else (tensor.grad_fn, tensor.output_nr)
 
 
 def sequence() -> int:
@@ -39,7 +61,9 @@ def sequence() -> int:
     return int(probe.grad_fn._sequence_nr())  # type: ignore[union-attr]
 
 
-def outside(y: Tensor, z: Tensor, sources: list[Tensor], made: range) -> Outside:
+def outside(
+    y: Tensor, z: Tensor, sources: Sequence[Tensor], made: range, aliases: Mapping[Edge, Edge] | None = None
+) -> Outside:
     """Walk the graph of y back to z, to the sources and to nodes that f did not make.
 
     Args:
@@ -47,30 +71,56 @@ def outside(y: Tensor, z: Tensor, sources: list[Tensor], made: range) -> Outside
         z: its argument z.
         sources: tensors among the arguments of f.
         made: numbers of the nodes that this thread made during f; each thread counts its own nodes.
+        aliases: edges of the aliases that f got instead of sources, and those of the sources.
     """
-    nodes = [t.grad_fn for t in (z, *sources) if t.grad_fn is not None]  # kept alive: ids stay unique
+    aliases = aliases or {}
     # Edges, not nodes: a sibling of a source (two outputs of one `unbind`) is not the source.
-    seen = {(id(t.grad_fn), t.output_nr) for t in (z, *sources)}
-    source_ids = {id(t) for t in sources}
+    known = {key(source) for source in sources}
+    seen: set[Any] = {(z.grad_fn, z.output_nr)}
     result = Outside()
-    stack: list[Any] = [(y.grad_fn, y.output_nr)]
+    stack: list[Edge] = [(y.grad_fn, y.output_nr)]
     while stack:
-        node, output = stack.pop()
-        if node is None or (id(node), output) in seen:
+        edge = stack.pop()
+        if edge in seen or edge[0] is None:
             continue
-        seen.add((id(node), output))
-        nodes.append(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            if id(variable) not in source_ids:
+        seen.add(edge)
+        node = edge[0]
+        if edge in aliases:
+            result.ends.setdefault(aliases[edge], GradientEdge(*edge))
+        elif edge in known:
+            result.ends[edge], result.direct = GradientEdge(*edge), True
+        elif node._sequence_nr() in made:
+            result.compiled = result.compiled or name_of(node) == COMPILED
+            stack.extend(node.next_functions)
+        elif (variable := leaf_of(node)) is None:
+            result.ends[edge], result.hidden = GradientEdge(*edge), name_of(node)
+        elif variable is not z:
+            result.ends[id(variable)] = GradientEdge(*edge)
+            if id(variable) not in known:
                 result.leaves.append(variable)
-            continue
-        if node._sequence_nr() not in made:
-            result.hidden = node.name()
-            continue
-        result.compiled = result.compiled or node.name() == COMPILED
-        stack.extend(node.next_functions)
     return result
+
+
+def may_lead_to(edges: Iterable[Edge], leaves: set[Any], most: int) -> bool:
+    """Return whether these edges lead to one of the nodes of leaves, or to more than `most` nodes."""
+    stack = [node for node, _ in edges]
+    seen = set(stack)
+    while stack and len(seen) <= most:
+        for node, _ in stack.pop().next_functions:
+            if node in leaves:
+                return True
+            if node is not None and node not in seen:
+                seen.add(node)
+                stack.append(node)
+    return bool(stack)
+
+
+def asked_for(node: Any) -> bool:
+    """Return whether the pass that runs here forms the gradient that `node` takes."""
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # PyTorch refuses to say it of a leaf that `torch.autograd.grad` was asked for
+        return True
 
 
 def nested(sources: Sequence[Tensor]) -> bool:
@@ -89,32 +139,6 @@ def nested(sources: Sequence[Tensor]) -> bool:
     return False
 
 
-def sources_of(y: Tensor, z: Tensor, made: range) -> list[GradientEdge]:
-    """Return where the gradient of y leaves f: parameters, and tensors with a history from before f.
-
-    Args:
-        y: the value of f.
-        z: its argument z, which is left out.
-        made: numbers of the nodes that this thread made during f.
-    """
-    seen: set[Any] = {(z.grad_fn, z.output_nr)}
-    edges: list[GradientEdge] = []
-    stack: list[Any] = [(y.grad_fn, y.output_nr)]
-    while stack:
-        node, output = stack.pop()
-        if node is None or (node, output) in seen:
-            continue
-        seen.add((node, output))
-        variable = getattr(node, "variable", None)
-        if variable is z:
-            continue
-        if variable is not None or node._sequence_nr() not in made:
-            edges.append(GradientEdge(node, output))
-            continue
-        stack.extend(node.next_functions)
-    return edges
-
-
 def once_only(gradients: Iterable[Tensor | None], start: int) -> bool:
     """Return whether gradients, made since `start`, come through a Function that is `once_differentiable`.
 
@@ -127,7 +151,7 @@ def once_only(gradients: Iterable[Tensor | None], start: int) -> bool:
         node = stack.pop()
         if node is None or node in seen or node._sequence_nr() < start:
             continue
-        if node.name() == ONCE:
+        if name_of(node) == ONCE:
             return True
         seen.add(node)
         stack.extend(following for following, _ in node.next_functions)
@@ -143,7 +167,7 @@ def refuse_compiled(y: Tensor, refuse: Callable[[Tensor], Tensor]) -> None:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node.name() == COMPILED:
+        if name_of(node) == COMPILED:
             _replace_once(node, refuse)
         stack.extend(following for following, _ in node.next_functions)
 

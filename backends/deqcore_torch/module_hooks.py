@@ -9,12 +9,16 @@ Hooks that f sets on tensors (`Tensor.register_hook`) run in every product, beca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+from torch._C import _current_graph_task_id
 from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
+
+from deqcore_torch.graph import leaf_of
 
 
 class Mute:
@@ -65,13 +69,42 @@ def muted(y: Tensor, before: int, start: int = 0) -> Mute:
     return mute
 
 
+@contextmanager
+def unhooked(outputs: Sequence[Tensor], ends: Sequence[Tensor]) -> Iterator[None]:
+    """Skip hooks of the tensors at the ends of passes that begin at `outputs` in this context.
+
+    These passes form parts of a gradient, which hooks and `retain_grad` get as a whole. Other threads' passes run them.
+    """
+    retained = [(tensor, tensor.grad) for tensor in ends if tensor.retains_grad]
+    hooked = [hooks for tensor in ends if (hooks := tensor._backward_hooks)]
+    passes: set[int] = set()
+
+    def gate(hook: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda gradient: None if _current_graph_task_id() in passes else hook(gradient)
+
+    nodes = [output.grad_fn for output in outputs if output.grad_fn is not None] if hooked else []
+    begun = [node.register_prehook(lambda _: passes.add(_current_graph_task_id())) for node in nodes]
+    before = [dict(hooks) for hooks in hooked]
+    for hooks in hooked:
+        hooks.update({number: gate(hook) for number, hook in hooks.items()})
+    try:
+        yield
+    finally:
+        for handle in begun:
+            handle.remove()
+        for hooks, own in zip(hooked, before, strict=True):
+            hooks.update({number: hook for number, hook in own.items() if number in hooks})
+        for tensor, grad in retained:
+            tensor.grad = grad
+
+
 def _nodes(y: Tensor, start: int) -> Iterator[Any]:
     """Yield the nodes behind y that were made since `start`, without those of leaves."""
     seen: set[Any] = set()
     stack: list[Any] = [y.grad_fn]
     while stack:
         node = stack.pop()
-        if node is None or node in seen or hasattr(node, "variable") or node._sequence_nr() < start:
+        if node is None or node in seen or leaf_of(node) is not None or node._sequence_nr() < start:
             continue
         seen.add(node)
         yield node

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from deqcore.errors import BackendError, StrategyError
+from deqcore_torch.graph import leaf_of, name_of
 from deqcore_torch.layout import placeholders
 from deqcore_torch.problems import numbered
 
@@ -149,10 +150,10 @@ def _check_leaves(values: list[Tensor], local: list[Tensor]) -> None:
     stack: list[Any] = [v.grad_fn for v in values]
     while stack:
         node = stack.pop()
-        if node is None or node in seen or node.name() == GATE:
+        if node is None or node in seen or name_of(node) == GATE:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)
+        variable = leaf_of(node)
         if variable is not None and id(variable) not in known:
             raise BackendError(
                 f"The cell of a compiled model reads a tensor of shape {tuple(variable.shape)} that needs a gradient, "

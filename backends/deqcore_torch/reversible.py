@@ -23,6 +23,7 @@ from deqcore_torch import functorch
 from deqcore_torch.checkpoints import CURE
 from deqcore_torch.eval_context import Ambient, nothing_recorded
 from deqcore_torch.graph import nested, outside, sequence
+from deqcore_torch.module_hooks import unhooked
 from deqcore_torch.second_order import distinct, partial
 
 Result: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -138,7 +139,8 @@ class _Pass:
         """Return the gradients of f alone, not those by which one source is computed from another."""
         if self.nested:  # the engine runs that computation in each half step
             return partial([value], wanted, [g], create_graph=False)
-        return torch.autograd.grad(value, wanted, g, allow_unused=True)
+        with unhooked([value], wanted):
+            return torch.autograd.grad(value, wanted, g, allow_unused=True)
 
     def _add(self, pulled: Sequence[Tensor | None]) -> None:
         for i, part in enumerate(pulled):
@@ -226,4 +228,4 @@ def _sources(backend: Backend, f: Map, z: Tensor) -> tuple[Tensor, list[Tensor]]
             f"f closes over a tensor that has a history of its own ({beyond.hidden}): a reversible backward pass would "
             f"silently miss it. Pass it through args, as in fixed_point(f, z0, tensor)."
         )
-    return y.detach(), [*given, *(leaf for leaf in beyond.leaves if leaf is not at)]
+    return y.detach(), [*given, *beyond.leaves]

@@ -40,6 +40,12 @@ class Recording:
             if (saved := hook()) is not None:
                 saved.fetch()
 
+    def release(self) -> None:
+        """Let the next pass take each fetched tensor for the last time."""
+        for hook in self._hooks:
+            if (saved := hook()) is not None:
+                saved.release()
+
 
 @contextmanager
 def recording() -> Iterator[Recording]:
@@ -84,8 +90,7 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
 
     def fetch(self) -> None:
         """Unpack all tensors now, within the pass that runs here: it takes each once, after the passes within it."""
-        task = _current_graph_task_id()
-        slots = [slot for ref in self._slots if (slot := ref()) is not None]
+        task, slots = _current_graph_task_id(), self._alive()
         for slot in slots:
             slot.value, slot.task = self._around[1](slot.packed), task
 
@@ -95,6 +100,14 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
 
         Variable._execution_engine.queue_callback(forget)  # type: ignore[attr-defined]
 
+    def release(self) -> None:
+        """Let the next pass take each tensor for the last time, whichever pass it is."""
+        for slot in self._alive():
+            slot.task = None
+
+    def _alive(self) -> list[_Slot]:
+        return [slot for ref in self._slots if (slot := ref()) is not None]
+
     def _pack(self, tensor: Tensor) -> _Slot:
         slot = _Slot(self._around[0](tensor))
         self._slots.append(weakref.ref(slot))
@@ -102,7 +115,7 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
 
     def _unpack(self, slot: _Slot) -> Tensor:
         value: Tensor = self._around[1](slot.packed) if slot.value is None else slot.value
-        if slot.task == _current_graph_task_id():
+        if slot.task in (None, _current_graph_task_id()):
             slot.value = None
         return value
 
@@ -113,4 +126,4 @@ class _Slot:
     def __init__(self, packed: Any) -> None:
         self.packed = packed
         self.value: Tensor | None = None
-        self.task = -1
+        self.task: int | None = -1  # None: the next pass

@@ -31,6 +31,7 @@ from torch.autograd.graph import get_gradient_edge
 from deqcore.errors import StrategyError
 from deqcore_torch.functorch import ORDER, Refuse
 from deqcore_torch.graph import once_only, sequence
+from deqcore_torch.module_hooks import unhooked
 
 ONCE_ONLY: Final = (
     "f contains an autograd.Function whose backward is marked @once_differentiable, and its gradient was "
@@ -61,8 +62,7 @@ def partial(
     """Return gradients of the outputs for each source while the others stay fixed; the graph is kept.
 
     The engine itself continues beyond a source towards a source that it is computed from. So hooks on the nodes before
-    the sources take the gradients, and zeros continue. A user's hooks on a source do not change these gradients: they
-    run when the engine delivers them.
+    the sources take the gradients, and zeros continue. A user's hooks on a source run when the engine delivers them.
     """
     edges = [get_gradient_edge(source) for source in sources]
     wanted = [(id(edge.node), edge.output_nr) for edge in edges]
@@ -72,9 +72,10 @@ def partial(
     handles = [node.register_prehook(lambda _: passes.append(_current_graph_task_id())) for node in nodes]
     handles += [_collect(node, into, gradients, passes) for node, into in _frontier(nodes, set(wanted))]
     try:
-        torch.autograd.grad(
-            outputs, sources, cotangents, create_graph=create_graph, retain_graph=True, allow_unused=True
-        )
+        with unhooked(outputs, sources):
+            torch.autograd.grad(
+                outputs, sources, cotangents, create_graph=create_graph, retain_graph=True, allow_unused=True
+            )
     finally:
         for handle in handles:
             handle.remove()
