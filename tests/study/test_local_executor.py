@@ -19,7 +19,7 @@ import pytest
 from deqcore.cli.app import main
 from deqcore.study import data, store
 from deqcore.study.executors.local import run
-from deqcore.study.executors.worker import train
+from deqcore.study.executors.worker import Lines, train
 from deqcore.study.grid import Cell, UserCode, cells
 from deqcore.study.settings import DataChoice, ModelChoice, read
 from deqcore.study.store import Store
@@ -63,6 +63,28 @@ def test_a_study_that_is_killed_again_and_again_ends_in_the_same_bits(tmp_path: 
     assert weights[0] is not None
     assert weights[1] is not None
     assert all(weights[0][0][name].tobytes() == weights[1][0][name].tobytes() for name in weights[0][0])
+
+
+def test_a_worker_of_a_killed_study_records_no_result(tmp_path: Path, monkeypatch: Any):
+    """Its progress finds a closed pipe, possibly before it notices the end of its standard input."""
+
+    class Ended(BaseException):
+        """Stands for the end of the process."""
+
+    def end(code: int) -> None:
+        raise Ended
+
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as closed, pytest.raises(Ended):
+        monkeypatch.setattr(sys, "stdout", closed)
+        monkeypatch.setattr(os, "_exit", end)
+        try:
+            train(tiny(), tmp_path, Lines())
+        finally:
+            monkeypatch.undo()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), closed.fileno())  # what is buffered still goes somewhere
+    assert not (tmp_path / "result.json").exists()
 
 
 def _epochs(root: Path) -> int:

@@ -72,7 +72,10 @@ def _trainer(backend: str) -> str:
 
 
 class Lines:
-    """Progress as JSON lines, not more often than people can read."""
+    """Progress as JSON lines, not more often than people can read.
+
+    If nobody reads them, the study was killed. Then the process ends: an error would be recorded as the cell's result.
+    """
 
     def __init__(self) -> None:
         self._last = 0.0
@@ -82,7 +85,10 @@ class Lines:
         now = time.monotonic()
         if now - self._last >= OFTEN or progress["step"] == progress["steps"]:
             self._last = now
-            print(json.dumps(progress), flush=True)
+            try:
+                print(json.dumps(progress), flush=True)
+            except BrokenPipeError:
+                os._exit(1)
 
 
 def _end_with_parent() -> None:
