@@ -81,7 +81,7 @@ def block(name: str, quick: bool) -> Cell:
 
 
 def two_scales(batch: int, side: int, gain: float = 2.0) -> Cell:
-    """The study's convolutions on two scales, 8 and 16 channels wide, as one tensor.
+    """Return the study's convolutions on two scales, 8 and 16 channels wide, as one tensor.
 
     The kernels of the cell are `gain` times the initial ones: then an exact solve takes about as many vjps as in the
     study's training on images.

@@ -74,7 +74,7 @@ def _trainer(backend: str) -> str:
 class Lines:
     """Progress as JSON lines, not more often than people can read.
 
-    If nobody reads them, the study was killed. Then the process ends: an error would be recorded as the cell's result.
+    A closed output means that the study was killed. The process ends: an error would be recorded as the cell's result.
     """
 
     def __init__(self) -> None:
