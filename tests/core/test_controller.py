@@ -52,21 +52,32 @@ class Model:
         self.growth = average
         self.since += 1
 
+    def powers(self):
+        return min(self.chosen + 2, self.m) if self.exact and self.chosen < self.m else self.m
+
     def learn(self, gram, right, forward, unconverged):
-        first = not self.begun
+        first, formed = not self.begun, self.powers()
+        gram, right = cut(gram, right, formed)
         weight = 1.0 if first else max(1.0 / (self.audits + 1), 0.3)
-        used = fits(gram, right) if first else fits(self.gram, self.right)
-        errors, cosines = np.zeros(self.m), np.zeros(self.m)
-        for k, c in enumerate(used):
+        fresh = [j < formed and (first or self.deviation[j] < 0) for j in range(self.m)]
+        earlier, own = fits(self.gram, self.right), fits(gram, right)
+        errors, cosines, deviation = np.zeros(self.m), np.zeros(self.m), -np.ones(self.m)
+        for k in range(formed):
+            c = own[k] if fresh[k] else earlier[k]
             square = c @ gram @ c
             errors[k] = math.sqrt(max(1 - 2 * c @ right + square, LOWEST**2))
             cosines[k] = c @ right / math.sqrt(square) if square > 0 else 0.0
-        logs = np.log(errors * (1.2 if first else 1.0))
-        excess = np.clip(2 * (logs - self.level), 0, 2)
-        self.deviation = np.full(self.m, 0.15) if first else (1 - weight) * self.deviation + weight * excess
-        self.level = (1 - weight) * self.level + weight * logs
-        self.gram = (1 - weight) * self.gram + weight * gram
-        self.right = (1 - weight) * self.right + weight * right
+            if fresh[k]:
+                self.level[k] = math.log(1.2 * errors[k])
+            else:
+                excess = min(max(2 * (math.log(errors[k]) - self.level[k]), 0), 2)
+                deviation[k] = (1 - weight) * self.deviation[k] + weight * excess
+                self.level[k] = (1 - weight) * self.level[k] + weight * math.log(errors[k])
+        known = max(0.15, *deviation)
+        self.deviation = np.where(fresh, known, deviation)
+        share = 1.0 if any(fresh) else weight
+        self.gram = (1 - share) * self.gram + share * gram
+        self.right = (1 - share) * self.right + share * right
         in_force = self.chosen < self.m
         error = errors[self.chosen] if in_force else 0.0
         self.error = -1.0 if first else error
@@ -77,10 +88,10 @@ class Model:
         self.audits += 1
         self.begun, self.jumped, self.growth, self.since = True, False, 0.0, 0
         self.forward, self.unconverged = forward, unconverged
-        self.choose(first, surprised)
+        self.choose(first, surprised, formed)
 
-    def choose(self, first, surprised):
-        bounds = np.exp(self.level + 2.4 * self.deviation)
+    def choose(self, first, surprised, formed):
+        bounds = np.where(self.deviation < 0, math.inf, np.exp(self.level + 2.4 * self.deviation))
         least = next((k for k in range(self.m) if bounds[k] <= self.target), self.m)
         easy = next((k for k in range(self.m) if bounds[k] <= 0.9 * self.target), self.m)
         old = self.chosen
@@ -88,6 +99,7 @@ class Model:
         if not self.exact:
             self.chosen = min(self.chosen, self.m - 1)
         exact = self.chosen == self.m
+        self.jumped = exact and formed < self.m
         self.bound = 0.0 if exact else bounds[self.chosen]
         self.coefficients = np.zeros(self.m) if exact else fits(self.gram, self.right)[self.chosen]
         nearer = surprised or (not first and self.chosen > old)
@@ -99,6 +111,12 @@ class Model:
         self.since = self.interval - again if self.begun else 0
         self.excluded += 1
         self.jumped = False
+
+
+def cut(gram, right, formed):
+    """Inner products of the first powers; those of the others are zero."""
+    kept = np.arange(len(right)) < formed
+    return gram * np.outer(kept, kept), right * kept
 
 
 def audit(rng, m, hard):
@@ -131,10 +149,12 @@ def test_every_pass_is_decided_as_the_rules_say(target, audit_every, m, exact):
             model.exclude()
         elif model.due():
             hard = 0.45 + 0.4 * math.sin(number / 12)
-            gram, right = audit(rng, m, hard)
+            gram, right = cut(*audit(rng, m, hard), model.powers())
+            assert float(rules.powers(np, state)) == model.powers()
             state = rules.learn(np, state, gram, right, eye, now)
             model.learn(gram, right, residual, lost)
             chosen.append(model.chosen)
+            assert model.chosen == m or model.deviation[model.chosen] >= 0, "chosen, and not measured"
         else:
             factor = rng.choice([0.6, 0.9, 1.0, 1.1, 1.6], p=[0.05, 0.3, 0.3, 0.3, 0.05])
             growth = (model.growth or 0.5) * float(factor)
@@ -160,6 +180,7 @@ def state_of(rules, seed):
     """A state after one audit, with other choices for other seeds."""
     state, eye = rules.unpack(np, np.array(rules.initial())), np.eye(rules.candidates)
     audited = audit(np.random.default_rng(seed), rules.candidates, 0.2 + 0.1 * seed)
+    audited = cut(*audited, int(rules.powers(np, state)))
     learned = rules.learn(np, state, *audited, eye, Signals(np.float64(1e-3), np.float64(0.0)))
     return rules.pack(np, learned._replace(interval=np.float64(8.0)))
 

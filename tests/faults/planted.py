@@ -186,7 +186,7 @@ STRATEGIES = [
         "            return q._replace(u=self.g, products=q.products + products, ",
         "strategy adaptive",
         "test_an_audit_uses_the_gradient_that_it_found",
-        "u of an audit",
+        "the gradient of an audit",
     ),
     Fault(
         "ranks that disagree",

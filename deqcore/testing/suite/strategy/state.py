@@ -166,7 +166,7 @@ class StateTests(Conformance):
 
     def test_an_audit_judges_what_was_in_force_before_it(self, training: Training) -> None:
         """Show each batch twice: an audit in the second pass must find the true error of the first."""
-        checked = 0
+        checked, target = 0, self.target(training)
         for batch, _ in zip(batches(0.8, 5), range(40), strict=False):
             u, report = training.step(batch)
             audited = (report.gradient_products > 0).any()
@@ -175,7 +175,7 @@ class StateTests(Conformance):
             if audited or not np.isfinite(result).all():
                 continue
             checked += 1
-            slack = 2e-3 + 0.02 * true
+            slack = 2e-3 + 0.02 * true + 0.1 * target  # the gradient that it compares with is not quite exact
             assert abs(result[0] - true) <= slack, f"the audit reports {result[0]}, but the error was {true}"
             mine, exact = batch.gradient(u).ravel(), batch.exact.ravel()
             cosine = mine @ exact / np.linalg.norm(mine) / np.linalg.norm(exact)
@@ -185,10 +185,13 @@ class StateTests(Conformance):
             pytest.skip("no audit came right after a pass without one")
 
     def test_an_audit_uses_the_gradient_that_it_found(self, training: Training) -> None:
+        """Let the gradient of an audit be near enough to judge others: within a fifth of the target."""
+        most = 0.2 * self.target(training)
         for batch, _ in zip(batches(0.8, 6), range(8), strict=False):
             u, report = training.step(batch)
             if np.isfinite(report.gradient_error).all():
-                close(u, batch.problem.adjoint(batch.g), 1e-2, "u of an audit")
+                error = batch.error(u)
+                assert error <= most, f"the gradient of an audit has an error of {error}, and the target allows {most}"
 
     @several("harm", ["nan", "unconverged", "zero"])
     def test_a_bad_pass_does_not_spoil_the_state(self, training: Training, harm: str) -> None:
