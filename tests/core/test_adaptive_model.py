@@ -131,7 +131,9 @@ def test_a_pass_is_what_dense_algebra_makes_of_its_state(options, traced, batch,
         )
         found, expected = (each._replace(level=np.exp(each.level)) for each in (found, expected))
         pairs = zip(found._fields, found, expected, strict=True)
-        off = [each for each in pairs if not np.allclose(*each[1:], rtol=2e-3, atol=2e-3)]
+        # The bound is exp(level + 2.8 deviation), whose rounding it multiplies.
+        slack = {name: 1e-2 if name == "bound" else 2e-3 for name in found._fields}
+        off = [each for each in pairs if not np.allclose(*each[1:], rtol=slack[each[0]], atol=slack[each[0]])]
         assert not off, f"pass {number}: {off}"
         judged = counted and found.error >= 0
         for reported, measured in ((report.gradient_error, found.error), (report.gradient_cosine, found.cosine)):

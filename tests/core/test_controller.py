@@ -91,7 +91,7 @@ class Model:
         self.choose(first, surprised, formed)
 
     def choose(self, first, surprised, formed):
-        bounds = np.where(self.deviation < 0, math.inf, np.exp(self.level + 2.4 * self.deviation))
+        bounds = np.where(self.deviation < 0, math.inf, np.exp(self.level + 2.8 * self.deviation))
         least = next((k for k in range(self.m) if bounds[k] <= self.target), self.m)
         easy = next((k for k in range(self.m) if bounds[k] <= 0.9 * self.target), self.m)
         old = self.chosen
