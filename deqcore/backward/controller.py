@@ -25,7 +25,7 @@ SPREAD: Final = 2.8
 excess of the logarithm. For a normal distribution 2.06 of them are exceeded by 5 %; the least k whose bound meets the
 target is one whose errors happened to be small, which takes the rest."""
 
-YOUNG: Final = 0.15
+YOUNG: Final = 0.3
 """Least deviation of the logarithm of an error before audits have shown one."""
 
 BEYOND: Final = 2
@@ -40,7 +40,7 @@ LARGEST: Final = 2.0
 EXACT_EVERY: Final = 4.0
 """Most passes between audits while each pass is exact: an audit then costs no vjp, and may show that fewer will do."""
 
-EASIER: Final = 0.9
+EASIER: Final = 0.8
 """Part of the target that the bound of fewer vjps must meet before they are taken: hysteresis."""
 
 JUMP: Final = 1.5

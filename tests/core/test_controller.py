@@ -73,7 +73,7 @@ class Model:
                 excess = min(max(2 * (math.log(errors[k]) - self.level[k]), 0), 2)
                 deviation[k] = (1 - weight) * self.deviation[k] + weight * excess
                 self.level[k] = (1 - weight) * self.level[k] + weight * math.log(errors[k])
-        known = max(0.15, *deviation)
+        known = max(0.3, *deviation)
         self.deviation = np.where(fresh, known, deviation)
         share = 1.0 if any(fresh) else weight
         self.gram = (1 - share) * self.gram + share * gram
@@ -93,7 +93,7 @@ class Model:
     def choose(self, first, surprised, formed):
         bounds = np.where(self.deviation < 0, math.inf, np.exp(self.level + 2.8 * self.deviation))
         least = next((k for k in range(self.m) if bounds[k] <= self.target), self.m)
-        easy = next((k for k in range(self.m) if bounds[k] <= 0.9 * self.target), self.m)
+        easy = next((k for k in range(self.m) if bounds[k] <= 0.8 * self.target), self.m)
         old = self.chosen
         self.chosen = least if first or least >= old else min(easy, old)
         if not self.exact:
@@ -130,7 +130,7 @@ def audit(rng, m, hard):
 
 @pytest.mark.parametrize(
     ("target", "audit_every", "m", "exact"),
-    [(0.5, 50, 5, True), (0.4, 6, 3, True), (0.3, 20, 4, False), (0.8, 1, 1, True)],
+    [(0.5, 50, 5, True), (0.5, 6, 3, True), (0.3, 20, 4, False), (0.8, 1, 1, True)],
 )
 def test_every_pass_is_decided_as_the_rules_say(target, audit_every, m, exact):
     rng = np.random.default_rng(1)
