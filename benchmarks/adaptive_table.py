@@ -66,17 +66,17 @@ class Run:
 
 
 def summary(runs: list[Run]) -> list[dict[str, str]]:
-    """Return a row for each strategy; differences of accuracy and costs are paired over seeds."""
+    """Return a row for each strategy; differences of accuracy and costs are paired over the seeds that both have."""
     by = {(run.name, run.seed): run for run in runs}
     rows = []
     for name in dict.fromkeys(run.name for run in runs):
         mine = [run for run in runs if run.name == name]
-        exact = [by["exact-ift", run.seed] for run in mine]
-        gaps = [run.accuracy - other.accuracy for run, other in zip(mine, exact, strict=True)]
-        worse = [100 * math.expm1(run.test_loss - other.test_loss) for run, other in zip(mine, exact, strict=True)]
-        free = [by["jacobian-free", run.seed] for run in mine]
+        exact = [(run, by["exact-ift", run.seed]) for run in mine if ("exact-ift", run.seed) in by]
+        gaps = [run.accuracy - other.accuracy for run, other in exact]
+        worse = [100 * math.expm1(run.test_loss - other.test_loss) for run, other in exact]
+        free = [(run, by["jacobian-free", run.seed]) for run in mine if ("jacobian-free", run.seed) in by]
         errors = [e for run in mine for e in run.errors]
-        pairs = [pair for pair in zip(mine, free, strict=True) if pair[0].vjp > 0]
+        timed = [pair for pair in free if pair[0].vjp > 0]
         target = float(name.partition("adaptive, ")[2] or "nan")
         taken = [k for run in mine for k in run.taken]
         enough = [k for run in mine for k in run.enough]
@@ -88,11 +88,12 @@ def summary(runs: list[Run]) -> list[dict[str, str]]:
                 "perplexity beyond exact's, % (95 %)": interval(worse),
                 "vjps a step": f"{np.mean([run.vjps for run in mine]):.2f}",
                 "products a step": f"{np.mean([run.products for run in mine]):.2f}",
-                "cost over jacobian-free": f"{np.mean([r.cost / f.cost for r, f in zip(mine, free, strict=True)]):.2f}",
-                "time over it": f"{np.mean([r.seconds / f.seconds for r, f in zip(mine, free, strict=True)]):.2f}",
-                "time beyond it over that of the vjps": beyond(pairs, whole=True),
-                "backward alone": beyond(pairs),
-                "and products": beyond(pairs, products=True),
+                "cost over jacobian-free": mean([run.cost / other.cost for run, other in free]),
+                "time over it": mean([run.seconds / other.seconds for run, other in free]),
+                "seeds": f"{len(mine)}, {len(exact)} beside exact, {len(free)} beside jacobian-free",
+                "time beyond it over that of the vjps": beyond(timed, whole=True),
+                "backward alone": beyond(timed),
+                "and products": beyond(timed, products=True),
                 "judged": str(len(errors)) if errors else "",
                 "error: median, 95 %": f"{np.median(errors):.2f}, {np.quantile(errors, 0.95):.2f}" if errors else "",
                 "beyond target": f"{100 * np.mean(np.array(errors) > target):.1f} %" if taken else "",
@@ -119,9 +120,16 @@ def beyond(pairs: list[tuple[Run, Run]], *, whole: bool = False, products: bool 
     return f"{np.mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
 
 
+def mean(values: list[float]) -> str:
+    """Return the mean, empty for no values."""
+    return f"{np.mean(values):.2f}" if values else ""
+
+
 def interval(values: list[float]) -> str:
-    """Return the mean and half of its 95 % interval."""
+    """Return the mean and half of its 95 % interval, empty for no values."""
     count = len(values)
+    if not count:
+        return ""
     half = stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / count**0.5 if count > 1 else float("nan")
     return f"{np.mean(values):+.2f} ± {half:.2f}"
 

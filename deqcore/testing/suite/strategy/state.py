@@ -166,7 +166,7 @@ class StateTests(Conformance):
 
     def test_an_audit_judges_what_was_in_force_before_it(self, training: Training) -> None:
         """Show each batch twice: an audit in the second pass must find the true error of the first."""
-        checked, target = 0, self.target(training)
+        checked = 0
         for batch, _ in zip(batches(0.8, 5), range(40), strict=False):
             u, report = training.step(batch)
             audited = (report.gradient_products > 0).any()
@@ -175,7 +175,7 @@ class StateTests(Conformance):
             if audited or not np.isfinite(result).all():
                 continue
             checked += 1
-            slack = 2e-3 + 0.02 * true + 0.1 * target  # the gradient that it compares with is not quite exact
+            slack = 2e-3 + 0.02 * true
             assert abs(result[0] - true) <= slack, f"the audit reports {result[0]}, but the error was {true}"
             mine, exact = batch.gradient(u).ravel(), batch.exact.ravel()
             cosine = mine @ exact / np.linalg.norm(mine) / np.linalg.norm(exact)
