@@ -84,7 +84,7 @@ def powers_gram(
 
     start = _Powers(first * xp.where(sound, k.start, 0 * k.start)[:, None], seen, gram, eye[1])
     formed = count if formed is None else formed
-    end = backend.loop(lambda _: True, step, start, formed)
+    end = backend.loop(lambda _: eye[0, 0] > 0, step, start, formed)
     lower = end.gram + xp.permute_dims(end.gram, (1, 0)) - end.gram * eye
     bad = xp.full_like(lower, float("nan"))
     return xp.where(usable[0], lower, bad), formed + 1 + extra if parameter_vjp is not None else 0
