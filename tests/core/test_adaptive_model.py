@@ -215,3 +215,16 @@ def test_an_audit_reaches_all_powers_however_loose_its_tolerance():
     inputs = PassInputs(values, np.ones(3, bool), np.zeros(3), lambda u: (u.sum(0),))
     _, report, _ = strategy.solve_with_state(backend, lambda v: v @ a, g, None, inputs)
     assert (report.vjps == 6).all()
+
+
+def test_an_audit_solves_to_a_part_of_its_target_and_a_pass_without_a_state_to_rounding():
+    backend, g = deqcore.get_backend(backend="numpy"), np.random.default_rng(2).standard_normal((3, 30))
+    a, strategy = np.diag(np.linspace(0.0, 0.9, 30)), Adaptive(max_relative_error=0.5)
+    left = lambda u: np.linalg.norm(g + u @ a - u, axis=1) / np.linalg.norm(g, axis=1)
+    inputs = PassInputs(np.asarray(strategy.init_state(), np.float32), np.ones(3, bool), np.zeros(3), lambda u: (u,))
+    u, report, _ = strategy.solve_with_state(backend, lambda v: v @ a, g, None, inputs)
+    alone, whole = strategy.solve_adjoint(backend, lambda v: v @ a, g, None)
+    assert (left(u) <= 0.01).all()
+    assert (left(alone) <= 1e-7).all()
+    assert (report.vjps < 0.7 * whole.vjps).all()
+    np.testing.assert_allclose(report.residual, left(u), rtol=1e-3)

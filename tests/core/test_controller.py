@@ -212,3 +212,24 @@ def test_the_sweep_is_least_squares_and_its_errors_are_measured():
             assert e == pytest.approx(math.sqrt(1 - 2 * c @ right + c @ gram @ c))
             assert cos == pytest.approx(c @ right / math.sqrt(c @ gram @ c))
         assert (error[-1], cosine[-1]) == (1.0, 0.0)
+
+
+def test_a_state_whose_audits_measured_all_serves_those_that_measure_few():
+    """As in an older checkpoint: the others are marked, and a rise beyond them asks for an audit of all."""
+    rules, rng, eye = Controller(0.5, 10, 5, True), np.random.default_rng(3), np.eye(5)
+    gram, right = audit(rng, 5, 0.3)
+    begin = rules.unpack(np, np.array(rules.initial()))
+    old = begin._replace(
+        begun=np.float64(1), audits=np.float64(4), interval=np.float64(8), chosen=np.float64(1), gram=gram, right=right,
+        square=np.float64(1), level=np.full(5, math.log(0.2)), deviation=np.full(5, 0.2),
+    )  # fmt: skip
+    now = Signals(np.float64(1e-3), np.float64(0.0))
+    assert not rules.due(np, old)
+    same = rules.learn(np, old, *cut(gram, right, 3), eye, now)
+    assert same.chosen <= 1
+    assert (same.deviation[:3] >= 0).all()
+    assert (same.deviation[3:] == -1).all()
+    hard = rules.learn(np, old, *cut(*audit(rng, 5, 3.0), 3), eye, now)
+    assert hard.chosen == 5
+    assert rules.due(np, hard)
+    assert rules.powers(np, hard) == 5
