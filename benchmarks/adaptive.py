@@ -187,7 +187,7 @@ def judge(trained: Trained, rules: Controller | None, x: Tensor, y: Tensor, run:
 
     def error(k: int, coefficients: Any) -> float:
         forced = s._replace(since=np.float32(1), interval=np.float32(1e6), jumped=np.float32(0), chosen=np.float32(k))
-        forced = forced._replace(coefficients=coefficients, begun=np.float32(1))
+        forced = forced._replace(coefficients=coefficients, begun=np.float32(1), square=np.float32(k * k))
         held = deqcore.StrategyState(torch.from_numpy(rules.pack(np, forced).astype(np.float32)))
         found = trained.gradient(x, y, held, trained.backward)
         return float((found - exact).norm() / exact.norm())
