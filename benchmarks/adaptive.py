@@ -5,7 +5,8 @@ strategy. `images` and `text` need `--data FOLDER`, as in `python -m benchmarks.
 drawn independently of the strategy's audits, it compares the parameter gradient that the strategy would use there
 without an audit with the exact one of the same batch, and finds the fewest vjps that would have been enough with the
 coefficients in force. Costs are counted: evaluations of f, vjps, products with the parameters. Times are those of the
-thread.
+thread. On other random steps it times one vjp and one product with the parameters, outside of the training's time, so
+that the time beyond jacobian-free can be compared with that of the vjps which the strategy reports.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,11 +25,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from deqcore_torch.study import TorchOps
-from scipy import stats
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import deqcore
 from benchmarks import evidence
+from benchmarks.adaptive_table import Run, summary
 from deqcore.backward.adaptive import Adaptive
 from deqcore.backward.controller import Controller, nested
 from deqcore.bench.report import markdown
@@ -52,6 +54,10 @@ LOOSER: Final = (0.1, 0.5)
 TARGETS: Final = (0.05, 0.1, 0.2, 0.3, 0.5, 0.65, 0.8)
 JUDGED: Final = 0.05
 """Share of the steps that are judged."""
+TIMED: Final = 0.05
+"""Share of the steps at which one vjp and one product are timed."""
+REPEATS: Final = 5
+"""Of each such time."""
 
 
 @dataclass(frozen=True)
@@ -96,56 +102,6 @@ class Task:
         return cls(name, load(DataChoice(**chosen)), model["name"], model["width"], forward | QUIET, *sizes)
 
 
-@dataclass
-class Run:
-    """One training.
-
-    Attributes:
-        name: of the strategy.
-        seed: of weights and order.
-        accuracy: on the test part, in per cent.
-        loss: of the last epoch, mean.
-        test_loss: mean cross-entropy on the test part.
-        steps: training steps.
-        evaluations: of f in forward solves, mean of the slowest samples.
-        vjps: per step, of the slowest sample, audits included.
-        products: with the parameters, per step, beyond the one that every gradient takes.
-        seconds: of the thread, all training steps.
-        errors: true relative errors on judged steps.
-        taken: vjps in force there.
-        enough: fewest vjps that would have been enough there, known only afterwards.
-        each: true errors there with 0, 1, … vjps.
-        chosen: vjps in force at each step.
-        audits: audits that counted.
-        excluded: audits that did not.
-        over: audits that found more than the target.
-    """
-
-    name: str
-    seed: int
-    accuracy: float = 0.0
-    loss: float = 0.0
-    test_loss: float = 0.0
-    steps: int = 0
-    evaluations: float = 0.0
-    vjps: float = 0.0
-    products: float = 0.0
-    seconds: float = 0.0
-    errors: list[float] = field(default_factory=list)
-    taken: list[int] = field(default_factory=list)
-    enough: list[int] = field(default_factory=list)
-    each: list[list[float]] = field(default_factory=list)
-    chosen: list[int] = field(default_factory=list)
-    audits: int = 0
-    excluded: int = 0
-    over: int = 0
-
-    @property
-    def cost(self) -> float:
-        """Evaluations, vjps and products per step, with the recorded evaluation and the product of every gradient."""
-        return self.evaluations + 2 + self.vjps + self.products
-
-
 class Trained:
     """A model in training with one strategy."""
 
@@ -186,6 +142,29 @@ class Trained:
         found = torch.autograd.grad(loss, self.inner(sol.z), allow_unused=True)
         return torch.cat([part.flatten() for part in found if part is not None]).double()
 
+    def times(self, x: Tensor) -> tuple[float, float]:
+        """Return the seconds of the thread of one vjp and of one product with the parameters, at the equilibria."""
+        with torch.no_grad():
+            _, sol = self.logits(x, None, ("jacobian-free", {}))
+            given = self.model.inject(self.ops, self.weights, x)
+        leaves, spec = tree_flatten(given)
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        states, shape = tree_flatten(sol.z)
+        states = [state.detach().requires_grad_() for state in states]
+        z, injected = tree_unflatten(states, shape), tree_unflatten(leaves, spec)
+        out = tree_flatten(self.model.cell(self.ops, self.weights, z, injected))[0]
+        cotangents = [torch.randn_like(part) for part in out]
+
+        def timed(wanted: list[Tensor]) -> float:
+            seconds = []
+            for _ in range(REPEATS):
+                began = time.thread_time()
+                torch.autograd.grad(out, wanted, cotangents, retain_graph=True, allow_unused=True)
+                seconds.append(time.thread_time() - began)
+            return float(np.median(seconds))
+
+        return timed(states), timed([*self.weights.values(), *leaves])
+
 
 def batches(size: int, batch: int, epochs: int, seed: int) -> Iterator[tuple[int, Any]]:
     """Yield the epoch and the rows of each step."""
@@ -208,7 +187,7 @@ def judge(trained: Trained, rules: Controller | None, x: Tensor, y: Tensor, run:
 
     def error(k: int, coefficients: Any) -> float:
         forced = s._replace(since=np.float32(1), interval=np.float32(1e6), jumped=np.float32(0), chosen=np.float32(k))
-        forced = forced._replace(coefficients=coefficients, begun=np.float32(1))
+        forced = forced._replace(coefficients=coefficients, begun=np.float32(1), square=np.float32(k * k))
         held = deqcore.StrategyState(torch.from_numpy(rules.pack(np, forced).astype(np.float32)))
         found = trained.gradient(x, y, held, trained.backward)
         return float((found - exact).norm() / exact.norm())
@@ -227,18 +206,23 @@ def train(task: Task, seed: int, backward: Backward, *, judged: float = JUDGED, 
     trained = Trained(task, seed, backward)
     x, y = torch.from_numpy(task.data.train.x), torch.from_numpy(task.data.train.y)
     rules = Adaptive(**options).controller if strategy == "adaptive" else None  # type: ignore[arg-type]
+    timer, units = np.random.default_rng([seed, 10]), []
     rng, total, last = np.random.default_rng([seed, 9]), task.epochs * (len(x) // task.batch), []
     for epoch, rows in batches(len(x), task.batch, task.epochs, seed):
         xs, ys = x[rows], y[rows]
         if name != "exact-ift" and rng.random() < judged:
             judge(trained, rules, xs, ys, run)
+        if timer.random() < TIMED:
+            units.append(trained.times(xs))
         began = time.thread_time()
         loss, sol = trained.loss(xs, ys, trained.state, backward)
+        solved = time.thread_time()
         trained.adam.zero_grad()
         loss.backward()
         trained.adam.param_groups[0]["lr"] = task.rate * 0.5 * (1 + math.cos(math.pi * run.steps / total))
         trained.adam.step()
         run.seconds += time.thread_time() - began
+        run.backward += time.thread_time() - solved
         run.steps += 1
         run.evaluations += float(sol.evaluations.max())
         run.vjps += float(sol.backward.vjps.max())
@@ -252,6 +236,7 @@ def train(task: Task, seed: int, backward: Backward, *, judged: float = JUDGED, 
     if rules is not None and trained.state.values is not None:
         s = rules.unpack(np, trained.state.values.numpy())
         run.audits, run.excluded, run.over = int(s.audits), int(s.excluded), int(s.over)
+    run.vjp, run.product = map(float, np.mean(units, axis=0)) if units else (0.0, 0.0)
     run.loss = float(np.mean(last))
     run.accuracy, run.test_loss = evaluate(trained, task.data)
     return run
@@ -275,55 +260,6 @@ def contenders(targets: list[float]) -> dict[str, Backward]:
     found: dict[str, Backward] = {"exact-ift": REFERENCE, "jacobian-free": ("jacobian-free", {})}
     found |= {f"exact-ift, residual {rtol:g}": ("exact-ift", {"rtol": rtol}) for rtol in LOOSER}
     return found | {f"adaptive, {t:g}": ("adaptive", {"max_relative_error": t}) for t in targets}
-
-
-def summary(runs: list[Run]) -> list[dict[str, str]]:
-    """Return a row for each strategy; differences of accuracy and costs are paired over seeds."""
-    by = {(run.name, run.seed): run for run in runs}
-    rows = []
-    for name in dict.fromkeys(run.name for run in runs):
-        mine = [run for run in runs if run.name == name]
-        exact = [by["exact-ift", run.seed] for run in mine]
-        gaps = [run.accuracy - other.accuracy for run, other in zip(mine, exact, strict=True)]
-        worse = [100 * math.expm1(run.test_loss - other.test_loss) for run, other in zip(mine, exact, strict=True)]
-        free = [by["jacobian-free", run.seed] for run in mine]
-        errors = [e for run in mine for e in run.errors]
-        target = float(name.partition("adaptive, ")[2] or "nan")
-        taken = [k for run in mine for k in run.taken]
-        enough = [k for run in mine for k in run.enough]
-        rows.append(
-            {
-                "strategy": name,
-                "accuracy": f"{np.mean([run.accuracy for run in mine]):.2f}",
-                "minus exact (95 %)": interval(gaps),
-                "perplexity beyond exact's, % (95 %)": interval(worse),
-                "vjps a step": f"{np.mean([run.vjps for run in mine]):.2f}",
-                "products a step": f"{np.mean([run.products for run in mine]):.2f}",
-                "cost over jacobian-free": f"{np.mean([r.cost / f.cost for r, f in zip(mine, free, strict=True)]):.2f}",
-                "time over it": f"{np.mean([r.seconds / f.seconds for r, f in zip(mine, free, strict=True)]):.2f}",
-                "judged": str(len(errors)) if errors else "",
-                "error: median, 95 %": f"{np.median(errors):.2f}, {np.quantile(errors, 0.95):.2f}" if errors else "",
-                "beyond target": f"{100 * np.mean(np.array(errors) > target):.1f} %" if taken else "",
-                "vjps in force": f"{np.mean(taken):.2f}" if taken else "",
-                "fewest fixed": str(fixed(mine, target)) if taken else "",
-                "fewest a step": f"{np.mean(enough):.2f}" if taken else "",
-            }
-        )
-    return rows
-
-
-def interval(values: list[float]) -> str:
-    """Return the mean and half of its 95 % interval."""
-    count = len(values)
-    half = stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / count**0.5 if count > 1 else float("nan")
-    return f"{np.mean(values):+.2f} ± {half:.2f}"
-
-
-def fixed(runs: list[Run], target: float) -> int:
-    """Return the least fixed number of vjps that keeps 95 % of the judged steps within the target."""
-    each = np.array([errors for run in runs for errors in run.each])
-    enough = np.flatnonzero(np.mean(each > target, axis=0) <= 0.05)
-    return int(enough[0]) if len(enough) else each.shape[1]
 
 
 def main() -> None:

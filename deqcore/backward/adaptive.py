@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Final, Literal, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from deqcore.linear.gmres import KrylovSpace
 from deqcore.linear.norms import default_rtol
 from deqcore.linear.powers import powers_gram
 from deqcore.types import AdjointReport, Array, Map, PassInputs, Status
+
+SOLVED: Final = 0.02
+"""Adjoint residual of an audit and of an exact pass, in parts of the error that is asked for."""
 
 
 class _Pass(NamedTuple):
@@ -36,10 +39,10 @@ class Adaptive(StatefulStrategy):
     """u = Σ_{j≤k} c_j (Jᵀ)^j g with k and c from audits: the fewest vjps that keep the gradient within its target.
 
     The gradient that training uses is that of the batch with respect to the parameters, and its relative error is what
-    counts. An *audit* solves the adjoint equation exactly and uses that gradient. From the same Krylov space, without
-    a vjp more, it forms the powers (Jᵀ)^j g, and their products with the parameters. Their inner products with the
-    exact gradient give the error of every polynomial of the powers. The strategy averages them over audits, fits the
-    coefficients of each degree by least squares, and takes the least degree k whose error stays below
+    counts. An *audit* solves the adjoint equation to a small part of that error and uses that gradient. From the same
+    Krylov space, without a vjp more, it forms powers (Jᵀ)^j g, and their products with the parameters. Their inner
+    products with the solved gradient give the error of every polynomial of the powers. The strategy averages them over
+    audits, fits the coefficients of each degree by least squares, and takes the least degree k whose error stays below
     `max_relative_error` with a margin. Coefficients are always judged by later audits than those that made them.
     Degree 0 is jacobian-free up to a factor; coefficients of 1 are the Neumann series.
 
@@ -49,9 +52,9 @@ class Adaptive(StatefulStrategy):
     take `strategy_state`; in JAX the state is an argument, see `deqcore_jax.strategy_state`. Without a state each pass
     is exact.
 
-    Cost: k vjps and two passes over `(batch, n)` for each. An audit costs the vjps of exact-ift, `max_vjps` + 3
-    products with the parameters (a backward pass of f without that to z), and as many gradients in memory, of at most
-    `ENTRIES` numbers for each parameter array.
+    Cost: k vjps and two passes over `(batch, n)` for each. An audit costs the vjps of exact-ift to `audit_rtol`, k + 4
+    products with the parameters (a backward pass of f without that to z), `max_vjps` + 3 while passes are exact, and as
+    many gradients in memory, of at most `ENTRIES` numbers for each parameter array.
 
     Args:
         max_relative_error: largest relative error of the batch's parameter gradient, in (0, 1). About one step in
@@ -62,7 +65,8 @@ class Adaptive(StatefulStrategy):
         max_vjps: largest k.
         fallback: where no k is good enough, "exact-ift" solves the equation; "none" takes `max_vjps` and reports
             MAX_STEPS.
-        audit_rtol: relative adjoint residual of the exact solve; "auto" by dtype, as for exact-ift.
+        audit_rtol: relative adjoint residual of audits and exact passes; "auto" is `SOLVED` · `max_relative_error`, or
+            that of exact-ift by dtype where it is larger. Without a state "auto" is that of exact-ift.
 
     Raises:
         ValueError: an option is out of its range. From settings it is the ConfigError that names the setting.
@@ -103,6 +107,12 @@ class Adaptive(StatefulStrategy):
     def controller(self) -> Controller:
         """The rules."""
         return Controller(self.max_relative_error, self.audit_every, self.max_vjps + 1, self.fallback == "exact-ift")
+
+    def tolerance(self, backend: Backend, g: Array) -> float:
+        """Return the relative adjoint residual of audits and exact passes on cotangents `g` `(batch, n)`."""
+        if self.audit_rtol == "auto":
+            return max(default_rtol(backend, g), SOLVED * self.max_relative_error)
+        return float(self.audit_rtol)
 
     def init_state(self) -> list[float]:
         """Return a state that asks for an audit."""
@@ -237,14 +247,13 @@ class _Task:
         backend, xp = self.backend, self.backend.xp
         space = KrylovSpace(backend, self.vjp, shifted=True)
         norm = backend.to_accum_dtype(backend.norm(self.g))
-        rtol = self.strategy.audit_rtol
-        goal = (default_rtol(backend, self.g) if rtol == "auto" else float(rtol)) * norm
-        m = self.rules.candidates
+        goal = self.strategy.tolerance(backend, self.g) * norm
+        m, powers = self.rules.candidates, self.xp.astype(self.rules.powers(self.xp, self.s), self.xp.int32)
         first = space.begin(self.g, SPACE)
         # The powers up to (Jᵀ)^k g need k dimensions; where the solve alone is wanted the goal ends them.
         wanted = _flag(backend, self.audit, goal)
-        k = space.grow(first, xp.where(wanted, 0 * goal, goal), m - 1) if m > 1 else first
-        k = space.grow(k, goal, SPACE - (m - 1))
+        k = space.grow(first, xp.where(wanted, 0 * goal, goal), powers - 1)
+        k = space.grow(k, goal, SPACE - powers + 1)
         u = space.solution(k)
         met = (k.residual <= goal) & xp.isfinite(k.residual)
         current = _Pass(u, xp.where(met, p.status * 0 + int(Status.CONVERGED), p.status), k.steps + 0 * p.vjps,
@@ -255,7 +264,8 @@ class _Task:
 
         def audited(q: _Pass) -> _Pass:
             sound = self.inputs.converged & (q.status == int(Status.CONVERGED))
-            gram, products = powers_gram(backend, k, first.null_vector, q.u, sound, m, self.inputs.parameter_vjp)
+            of = self.inputs.parameter_vjp
+            gram, products = powers_gram(backend, k, first.null_vector, q.u, sound, m, of, formed=powers)
             state = self._learned(self._small(gram))
             return q._replace(products=q.products + products, state=self.rules.pack(self.xp, state))
 
@@ -265,7 +275,8 @@ class _Task:
         """Solve the samples again that one Krylov space does not solve, as exact-ift does."""
         backend, xp = self.backend, self.backend.xp
         wanted = backend.select(met, xp.zeros_like(self.g), self.g)
-        u, again = ExactIFT(rtol=self.strategy.audit_rtol).solve_adjoint(backend, self.vjp, wanted, None)
+        rtol = self.strategy.tolerance(backend, self.g)
+        u, again = ExactIFT(rtol=rtol).solve_adjoint(backend, self.vjp, wanted, None)
         return p._replace(
             u=backend.select(met, p.u, u), status=xp.where(met, p.status, again.status),
             vjps=xp.where(met, p.vjps, p.vjps + again.vjps), residual=xp.where(met, p.residual, again.residual),

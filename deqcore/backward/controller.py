@@ -20,13 +20,16 @@ RIDGE: Final = 1e-4
 MEMORY: Final = 0.3
 """Weight of the newest audit in every average, once there are several."""
 
-SPREAD: Final = 2.4
+SPREAD: Final = 2.8
 """The bound of an error is its geometric mean times exp(SPREAD · deviation), where the deviation is twice the mean
 excess of the logarithm. For a normal distribution 2.06 of them are exceeded by 5 %; the least k whose bound meets the
 target is one whose errors happened to be small, which takes the rest."""
 
-YOUNG: Final = 0.15
-"""Deviation of the logarithm of an error before audits have shown one."""
+YOUNG: Final = 0.3
+"""Least deviation of the logarithm of an error before audits have shown one."""
+
+BEYOND: Final = 2
+"""Powers that an audit forms beyond g, and beyond those in force: enough for the choice of one vjp more."""
 
 UNSEEN: Final = 1.2
 """Factor on errors of coefficients on the audit that made them."""
@@ -37,7 +40,7 @@ LARGEST: Final = 2.0
 EXACT_EVERY: Final = 4.0
 """Most passes between audits while each pass is exact: an audit then costs no vjp, and may show that fewer will do."""
 
-EASIER: Final = 0.9
+EASIER: Final = 0.8
 """Part of the target that the bound of fewer vjps must meet before they are taken: hysteresis."""
 
 JUMP: Final = 1.5
@@ -85,10 +88,11 @@ class Learned(NamedTuple):
         over: audits whose error exceeded the target.
         square: chosen², which shows that a state is the mean of states with other choices.
         coefficients: of the powers, for `chosen`.
-        right: b, averaged, in units of ‖p*‖².
-        gram: G `(m, m)`, averaged, in units of ‖p*‖².
+        right: b, averaged, in units of ‖p*‖²; of use for the candidates that the last audit measured.
+        gram: G `(m, m)`, averaged, in units of ‖p*‖²; as `right`.
         level: mean logarithm of the error, for each number of vjps.
-        deviation: mean deviation of that.
+        deviation: mean deviation of that; −1 for a candidate that the last audit did not measure. Its other figures are
+            old then, and it is not chosen before an audit has measured it.
     """
 
     begun: Array
@@ -185,6 +189,15 @@ class Controller:
         probes = (s.chosen == 0) & (s.since % PROBE_EVERY == 0)
         return xp.where(probes, xp.ones_like(s.chosen), s.chosen)
 
+    def powers(self, xp: Any, s: Learned) -> Array:
+        """Return how many powers an audit forms, g included: those in force and one more; all where passes are exact.
+
+        A choice that needs others waits for the next audit, which comes at once.
+        """
+        every = self.candidates + 0 * s.chosen
+        few = xp.where(s.chosen < self.candidates, s.chosen + BEYOND, every)
+        return xp.minimum(few, every) if self.exact else every
+
     def grown(self, xp: Any, s: Learned, growth: Array, now: Signals, measured: Array | bool | None = None) -> Learned:
         """Compare the free signals with those of the audit, and ask for another one if they have jumped.
 
@@ -205,24 +218,30 @@ class Controller:
     def learn(self, xp: Any, s: Learned, gram: Array, right: Array, eye: Array, now: Signals) -> Learned:
         """Judge what was in force on this audit, learn from it, and choose.
 
+        Candidates that the audit before did not measure are judged as at the first audit, and the averages of G and b
+        begin again: an average of matrices that lack other entries is none.
+
         Args:
             xp: the namespace.
             s: what was known before.
-            gram: inner products of the p_j `(m, m)`, in units of ‖p*‖².
-            right: their inner products with p* `(m,)`, in units of ‖p*‖².
+            gram: inner products of the p_j `(m, m)`, in units of ‖p*‖²; zero beyond `powers`.
+            right: their inner products with p* `(m,)`, in units of ‖p*‖²; zero beyond `powers`.
             eye: the identity `(m, m)`.
             now: the signals of this pass.
         """
         first = s.begun == 0
-        before = nested(xp, s.gram, s.right, eye)
+        measured = _order(xp, eye) < self.powers(xp, s)
+        fresh = measured & (first | (s.deviation < 0))
+        before, own = nested(xp, s.gram, s.right, eye), nested(xp, gram, right, eye)
         weight = xp.where(first, xp.ones_like(s.begun), xp.maximum(1.0 / (s.audits + 1.0), MEMORY + 0 * s.audits))
-        g, b = s.gram + weight * (gram - s.gram), s.right + weight * (right - s.right)
-        own = nested(xp, gram, right, eye)
-        error, cosine = judged(xp, xp.where(first, own, before), gram, right)
-        logs = xp.log(xp.where(first, UNSEEN * error, error))
+        share = xp.where(xp.any(fresh), xp.ones_like(weight), weight)
+        g, b = s.gram + share * (gram - s.gram), s.right + share * (right - s.right)
+        error, cosine = judged(xp, xp.where(fresh[:, None], own, before), gram, right)
+        logs = xp.log(xp.where(fresh, UNSEEN * error, error))
         off = xp.clip(2.0 * (logs - s.level), 0.0, LARGEST)
-        level = s.level + weight * (logs - s.level)
-        deviation = xp.where(first, YOUNG + 0 * off, s.deviation + weight * (off - s.deviation))
+        level = xp.where(fresh, logs, s.level + xp.where(measured, weight, 0 * off) * (logs - s.level))
+        deviation = xp.where(measured & ~fresh, s.deviation + weight * (off - s.deviation), -xp.ones_like(off))
+        deviation = xp.where(fresh, xp.maximum(xp.max(deviation), YOUNG + 0 * weight), deviation)
         used = xp.sum(xp.where(self._is(xp, s.chosen, eye), error, xp.zeros_like(error)))
         agreed = xp.sum(xp.where(self._is(xp, s.chosen, eye), cosine, xp.zeros_like(cosine)))
         was_exact = s.chosen >= self.candidates
@@ -241,10 +260,12 @@ class Controller:
     def _choose(self, xp: Any, s: Learned, old: Learned, fits: Array, eye: Array, surprised: Array) -> Learned:
         """Choose the fewest vjps whose bound meets the target, and fewer than before only if it meets `EASIER` of it.
 
-        A surprise brings the next audits near; each that confirms the choice doubles the interval.
+        A surprise brings the next audits near; each that confirms the choice doubles the interval. Where the measured
+        candidates are not enough, the next pass is an audit of all.
         """
         m, first = self.candidates, old.begun == 0
-        bounds = xp.exp(s.level + SPREAD * s.deviation)
+        none = xp.full_like(s.level, float("inf"))
+        bounds = xp.where(s.deviation < 0, none, xp.exp(s.level + SPREAD * s.deviation))
         enough, easy = _first(xp, bounds <= self.target, eye), _first(xp, bounds <= EASIER * self.target, eye)
         chosen = xp.where(first | (enough >= old.chosen), enough, xp.minimum(easy, old.chosen))
         chosen = chosen if self.exact else xp.minimum(chosen, (m - 1) + 0 * chosen)
@@ -254,9 +275,11 @@ class Controller:
         more = surprised | (~first & (chosen > old.chosen))
         longer = xp.where(more, old.interval / 4.0, old.interval * 2.0)
         interval = xp.clip(xp.floor(longer), 1.0, float(self.audit_every))
+        unseen = (chosen >= m) & (self.powers(xp, old) < m)
         return s._replace(
-            chosen=chosen, square=chosen * chosen, bound=bound, coefficients=coefficients, interval=interval
-        )
+            chosen=chosen, square=chosen * chosen, bound=bound, coefficients=coefficients, interval=interval,
+            jumped=xp.where(unseen, xp.ones_like(s.jumped), s.jumped),
+        )  # fmt: skip
 
     def exclude(self, xp: Any, s: Learned) -> Learned:
         """Count an audit that shows nothing, and try again after half of the interval."""
@@ -266,7 +289,12 @@ class Controller:
 
     def _is(self, xp: Any, chosen: Array, eye: Array) -> Array:
         """Return the one-hot mask `(m,)` of the candidate, all False where the solve is exact."""
-        return _up_to(xp, eye[0] * 0 + 1.0, eye) - 1.0 == chosen
+        return _order(xp, eye) == chosen
+
+
+def _order(xp: Any, eye: Array) -> Array:
+    """Return 0, 1, … m − 1."""
+    return _up_to(xp, xp.ones_like(eye[0]), eye) - 1.0
 
 
 def _up_to(xp: Any, x: Array, eye: Array) -> Array:

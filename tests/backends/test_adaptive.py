@@ -89,14 +89,18 @@ def test_powers_from_the_krylov_space_are_those_of_the_jacobian(be, rng):
     k = space.grow(first, be.asarray(np.full(5, 1e-12)), 20)
     sound = be.asarray(np.array([True, True, False, True, True]))
     parameter_vjp = lambda u: (be.xp.matmul(be.xp.permute_dims(u, (1, 0)), zs),)
-    gram, products = powers_gram(be, k, first.null_vector, space.solution(k), sound, m, parameter_vjp)
     kept = np.array([1, 1, 0, 1, 1.0])[:, None]
     vectors = [np.linalg.solve(np.eye(7) - a.swapaxes(1, 2), g[..., None])[..., 0], g]
     for _ in range(m - 1):
         vectors.append(np.einsum("bij,bi->bj", a, vectors[-1]))
     p = np.stack([((kept * v).T @ z).ravel() for v in vectors])
-    np.testing.assert_allclose(be.to_numpy(gram), p @ p.T / (p[0] @ p[0]), rtol=1e-8, atol=1e-10)
-    assert products == m + 2
+    for formed in (m, 2):  # the entries of the others are zero
+        gram, products = powers_gram(
+            be, k, first.null_vector, space.solution(k), sound, m, parameter_vjp, formed=formed
+        )
+        whole = p @ p.T / (p[0] @ p[0]) * np.outer(there := np.arange(m + 1) <= formed, there)
+        np.testing.assert_allclose(be.to_numpy(gram), whole, rtol=1e-8, atol=1e-10)
+        assert products == formed + 1
 
 
 def test_an_array_that_carries_the_batch_counts_as_its_sum(be, rng):

@@ -69,7 +69,7 @@ def test_a_pass_is_what_dense_algebra_makes_of_its_state(options, traced, batch,
     """
     gradient = GRADIENTS[kind]
     backend, rng = deqcore.get_backend(backend="numpy"), np.random.default_rng(0)
-    strategy = Adaptive(**options)
+    strategy = Adaptive(**{"audit_rtol": 1e-8} | options)
     rules, m = strategy.controller, strategy.max_vjps + 1
     values, kinds = np.asarray(strategy.init_state(), np.float32), set()
     common = rng.standard_normal((n, n))
@@ -90,11 +90,11 @@ def test_a_pass_is_what_dense_algebra_makes_of_its_state(options, traced, batch,
         now = Signals(known.mean() if known.size else 0.0, 1 - converged.mean())
         exact, series, gram = dense(a, g, z, converged, m, gradient)
         audit = bool(rules.due(np, before))
-        solves = audit or before.chosen >= m
+        solves, formed = audit or before.chosen >= m, int(rules.powers(np, before))
         if solves:
             np.testing.assert_allclose(u, exact, rtol=1e-6, atol=1e-6)
             assert (report.status == int(Status.CONVERGED)).all()
-            assert ((report.vjps >= min(m - 1, n)) | ~np.array(audit)).all()
+            assert ((report.vjps >= min(formed - 1, n)) | ~np.array(audit)).all()
             assert (report.vjps <= 2 * n + 1).all()
             true = np.linalg.norm(g + np.einsum("bij,bi->bj", a, u) - u, axis=1) / np.linalg.norm(g, axis=1)
             np.testing.assert_allclose(report.residual, true, atol=1e-7)
@@ -111,6 +111,7 @@ def test_a_pass_is_what_dense_algebra_makes_of_its_state(options, traced, batch,
         counted = audit and converged.any()
         if counted:
             unit = gram / gram[0, 0]
+            unit = unit * np.outer(kept := np.arange(m + 1) <= formed, kept)
             expected = rules.learn(np, before, unit[1:, 1:], unit[0, 1:], np.eye(m), now)
         elif audit:
             expected = rules.exclude(np, before)
@@ -122,14 +123,17 @@ def test_a_pass_is_what_dense_algebra_makes_of_its_state(options, traced, batch,
                 w = np.einsum("bij,bi->bj", a, w)
             growth = np.mean(np.linalg.norm(w, axis=1) / np.linalg.norm(g, axis=1))
             expected = rules.grown(np, before, growth, now)
-        products = 0 if not audit or gradient is None else m + 2
+        alike = kind == "several" or n == batch
+        products = 0 if not audit or gradient is None else formed + 1 + alike
         assert (report.gradient_products == products).all()
         expected = expected._replace(
             passes=before.passes + 1, vjps=before.vjps + report.vjps.max(), products=before.products + products
         )
         found, expected = (each._replace(level=np.exp(each.level)) for each in (found, expected))
         pairs = zip(found._fields, found, expected, strict=True)
-        off = [each for each in pairs if not np.allclose(*each[1:], rtol=2e-3, atol=2e-3)]
+        # Logarithms of errors near rounding, and the bound that has them in its exponent.
+        slack = dict.fromkeys(found._fields, 2e-3) | {"deviation": 1e-2, "bound": 3e-2}
+        off = [each for each in pairs if not np.allclose(*each[1:], rtol=slack[each[0]], atol=slack[each[0]])]
         assert not off, f"pass {number}: {off}"
         judged = counted and found.error >= 0
         for reported, measured in ((report.gradient_error, found.error), (report.gradient_cosine, found.cosine)):
@@ -206,8 +210,21 @@ def test_an_audit_reaches_all_powers_however_loose_its_tolerance():
     """The coefficients of k vjps need k dimensions, also where fewer meet the tolerance of the solve."""
     backend, g = deqcore.get_backend(backend="numpy"), np.random.default_rng(2).standard_normal((3, 20))
     a = 0.05 * np.random.default_rng(3).standard_normal((20, 20))
-    strategy = Adaptive(max_vjps=6, audit_rtol=0.5)
+    strategy = Adaptive(max_vjps=6, audit_rtol=0.5, fallback="none")
     values = np.asarray(strategy.init_state(), np.float32)
     inputs = PassInputs(values, np.ones(3, bool), np.zeros(3), lambda u: (u.sum(0),))
     _, report, _ = strategy.solve_with_state(backend, lambda v: v @ a, g, None, inputs)
     assert (report.vjps == 6).all()
+
+
+def test_an_audit_solves_to_a_part_of_its_target_and_a_pass_without_a_state_to_rounding():
+    backend, g = deqcore.get_backend(backend="numpy"), np.random.default_rng(2).standard_normal((3, 30))
+    a, strategy = np.diag(np.linspace(0.0, 0.9, 30)), Adaptive(max_relative_error=0.5)
+    left = lambda u: np.linalg.norm(g + u @ a - u, axis=1) / np.linalg.norm(g, axis=1)
+    inputs = PassInputs(np.asarray(strategy.init_state(), np.float32), np.ones(3, bool), np.zeros(3), lambda u: (u,))
+    u, report, _ = strategy.solve_with_state(backend, lambda v: v @ a, g, None, inputs)
+    alone, whole = strategy.solve_adjoint(backend, lambda v: v @ a, g, None)
+    assert (left(u) <= 0.01).all()
+    assert (left(alone) <= 1e-7).all()
+    assert (report.vjps < 0.7 * whole.vjps).all()
+    np.testing.assert_allclose(report.residual, left(u), rtol=1e-3)

@@ -162,7 +162,7 @@ STRATEGIES = [
     Fault(
         "an audit that judges coefficients by the data that made them",
         CONTROLLER,
-        "judged(xp, xp.where(first, own, before), gram, right)",
+        "judged(xp, xp.where(fresh[:, None], own, before), gram, right)",
         "judged(xp, own, gram, right)",
         "strategy adaptive",
         "test_an_audit_judges_what_was_in_force_before_it",
@@ -186,7 +186,7 @@ STRATEGIES = [
         "            return q._replace(u=self.g, products=q.products + products, ",
         "strategy adaptive",
         "test_an_audit_uses_the_gradient_that_it_found",
-        "u of an audit",
+        "the gradient of an audit",
     ),
     Fault(
         "ranks that disagree",

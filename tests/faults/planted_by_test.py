@@ -261,6 +261,14 @@ ENDS = [
         "Not equal to tolerance",
     ),
     Fault(
+        "a number of vjps that no audit has measured",
+        "deqcore.backward.controller",
+        "xp.where(s.deviation < 0, none, xp.exp(s.level + SPREAD * s.deviation))",
+        "xp.exp(s.level + SPREAD * s.deviation)",
+        "tests/core/test_controller.py::test_every_pass_is_decided_as_the_rules_say[0.5-50-5-True]",
+        "AssertionError",
+    ),
+    Fault(
         "a stopped sample whose figures are those of its next step",
         "deqcore.solve.host",
         "since, mark = np.where(running, since, carry.since), np.where(running, mark, carry.mark)",

