@@ -14,6 +14,12 @@ jnp = jax.numpy
 
 N = 3
 EXACT = {"forward__rtol": 1e-12, "backward__strategy": "exact-ift", "backward__options": {"rtol": 1e-12}}
+PLAIN = {
+    **EXACT,
+    "forward__solver": "picard",
+    "forward__max_steps": 200,
+    "backward__options": {"rtol": 1e-12, "solver": "picard", "max_steps": 200},
+}
 SILENT = {"backward__on_failure": "ignore"}  # where the adjoint_tap is what is tested
 APPROXIMATE = ["broyden-reuse", "jacobian-free", "neumann"]
 
@@ -46,12 +52,9 @@ def test_check_grads_to_second_order_in_both_modes():
     """The parameter is closed over. Plain iteration on both sides compiles fastest."""
     from jax.test_util import check_grads
 
-    backward = {"rtol": 1e-12, "solver": "picard", "max_steps": 200}
-    settings = {"forward__solver": "picard", "forward__max_steps": 200, "backward__options": backward}
-
     def value(a):
         f = lambda z: jnp.tanh(a * z) + 1.0
-        return deqcore.fixed_point(f, jnp.zeros((1, 1)), **{**EXACT, **settings}).value.sum()
+        return deqcore.fixed_point(f, jnp.zeros((1, 1)), **PLAIN).value.sum()
 
     check_grads(value, (jnp.asarray(0.4),), order=2, modes=["fwd", "rev"])
 
@@ -151,7 +154,7 @@ def test_a_mutated_nnx_module_gives_its_new_output():
             return self.a[...] * z + 1.0
 
     cell = Cell()
-    solved = lambda cell: deqcore.fixed_point(cell, jnp.zeros((1, 1)), **EXACT).value.sum()
+    solved = lambda cell: deqcore.fixed_point(cell, jnp.zeros((1, 1)), **PLAIN).value.sum()
     assert solved(cell) == pytest.approx(2.0)
     assert nnx.grad(solved)(cell)["a"][...] == pytest.approx(4.0)
     cell.a[...] = jnp.asarray(0.75)
