@@ -134,7 +134,7 @@ def test_a_previous_equilibrium_starts_warm(kind, made):
 
 def test_a_trajectory_ends_in_the_solution(kind):
     layer = LAYERS[kind][0](
-        lambda z, x: 0.5 * jnp.tanh(z) + x, forward__solver="picard", forward__rtol=1e-9, forward__max_steps=60
+        lambda z, x: 0.5 * jnp.tanh(z) + x, **{**PLAIN_TOO, "forward__rtol": 1e-9, "forward__max_steps": 60}
     )
     x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 3)))
     states = layer.trajectory(x, steps=[1, 3])
