@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib.util
-import itertools
 import os
 import sys
 import warnings
@@ -29,9 +29,7 @@ os.environ.setdefault(
 # Lowering records where each operation was written, a fifth of the time of a JAX test; a value from outside stays.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
-MAPS = Path("/proc/self/maps")
-MOST_MAPS = 30_000  # of 65530, the default of vm.max_map_count
-ENDED = itertools.count(1)  # tests of this process
+MOST_PROGRAMS = 400  # of JAX that a process holds
 
 pytest_plugins = ["deqcore.testing.plugin"]
 
@@ -166,15 +164,35 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+class Programs:
+    """The number of programs that JAX has compiled since its caches were dropped."""
+
+    def __init__(self, jax) -> None:
+        self.jax, self.held = jax, 0
+        jax.monitoring.register_event_duration_secs_listener(self.count)
+
+    def count(self, event: str, _seconds: float, **_details: object) -> None:
+        self.held += event == "/jax/core/compile/backend_compile_duration"
+
+    def limit(self) -> None:
+        if self.held > MOST_PROGRAMS:
+            self.jax.clear_caches()
+            self.held = 0
+
+
+@functools.cache
+def _programs() -> Programs:
+    return Programs(sys.modules["jax"])
+
+
 @pytest.fixture(autouse=True)
 def few_programs():
-    """Drop JAX's compiled programs when they fill half of the memory maps that Linux allows; past these it crashes.
+    """Drop JAX's compiled programs when there are many.
 
-    Reading the maps takes up to 20 ms, so they are counted after every 25th test only.
+    Each holds the MLIR context in which it was lowered, about 1.4 MB. To create a context, MLIR walks over all that are
+    alive: beside 3000 of them a small program compiles in three times as long. Each program takes memory maps, too, of
+    which Linux allows 65530.
     """
     yield
-    if next(ENDED) % 25:
-        return
-    jax = sys.modules.get("jax")
-    if jax is not None and MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
-        jax.clear_caches()
+    if "jax" in sys.modules:
+        _programs().limit()

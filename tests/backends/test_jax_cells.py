@@ -39,8 +39,11 @@ def test_one_mask_serves_a_compiled_solve_and_its_gradient():
         mask = dropout_mask(key, x)
 
         def loss(x):
-            settings = {"forward__rtol": 1e-10, "backward__options": {"rtol": 1e-10}}
-            sol = deqcore.fixed_point(lambda z: 0.5 * jnp.tanh(mask * z) + x, jnp.zeros_like(x), **settings)
+            backward = {"rtol": 1e-10, "solver": "picard", "max_steps": 2000}
+            settings = {"forward__rtol": 1e-10, "forward__solver": "picard", "forward__max_steps": 2000}
+            sol = deqcore.fixed_point(
+                lambda z: 0.5 * jnp.tanh(mask * z) + x, jnp.zeros_like(x), **settings, backward__options=backward
+            )
             return jnp.sum(sol.value), sol.value
 
         return jax.grad(loss, has_aux=True)(x), mask

@@ -135,7 +135,12 @@ def gradient(**settings):
 
     def loss(x):
         start = jax.lax.stop_gradient(x / (1 - A))
-        settled = {"forward__on_failure": "ignore", "backward__options": ADJOINT, **settings}
+        settled = {
+            "forward__solver": "picard",
+            "forward__on_failure": "ignore",
+            "backward__options": ADJOINT,
+            **settings,
+        }
         return deqcore.fixed_point(lambda z, x: A * z + x, start, x, **settled).value.sum()
 
     return jax.grad(loss)

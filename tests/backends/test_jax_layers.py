@@ -19,6 +19,9 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 N, B = 12, 5
 TIGHT = {"forward__rtol": 1e-12, "backward__options": {"rtol": 1e-12}, "forward__max_steps": 100}
+# Plain iteration compiles fastest, where the solver is not the subject.
+PLAIN = {"forward__solver": "picard", "forward__max_steps": 200}
+PLAIN_TOO = {**PLAIN, "backward__options": {"rtol": 1e-12, "solver": "picard", "max_steps": 200}}
 
 
 class NnxCell(nnx.Module):
@@ -91,7 +94,7 @@ def test_a_layer_gives_scipys_root_and_the_closed_gradients(kind, made, truth):
 
 
 def test_a_changed_weight_counts_at_the_next_call(kind, made):
-    layer = make(kind, made, forward__rtol=1e-10)
+    layer = make(kind, made, forward__rtol=1e-10, **PLAIN)
     x = jnp.asarray(made.x)
     call = nnx.jit(lambda m, x: m(x)) if kind == "nnx" else eqx.filter_jit(lambda m, x: m(x))
     call(layer, x)
@@ -131,7 +134,7 @@ def test_a_previous_equilibrium_starts_warm(kind, made):
 
 def test_a_trajectory_ends_in_the_solution(kind):
     layer = LAYERS[kind][0](
-        lambda z, x: 0.5 * jnp.tanh(z) + x, forward__solver="picard", forward__rtol=1e-9, forward__max_steps=60
+        lambda z, x: 0.5 * jnp.tanh(z) + x, **{**PLAIN_TOO, "forward__rtol": 1e-9, "forward__max_steps": 60}
     )
     x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 3)))
     states = layer.trajectory(x, steps=[1, 3])
@@ -151,7 +154,9 @@ def test_a_trajectory_ends_in_the_solution(kind):
 
 
 def test_states_are_trees_and_inputs_many(kind):
-    layer = LAYERS[kind][0](lambda z, x, y: {"a": 0.5 * z["b"] + x["a"], "b": 0.2 * z["a"] + y}, forward__rtol=1e-9)
+    layer = LAYERS[kind][0](
+        lambda z, x, y: {"a": 0.5 * z["b"] + x["a"], "b": 0.2 * z["a"] + y}, forward__rtol=1e-9, **PLAIN_TOO
+    )
     x, y = {"a": jnp.ones((2, 3)), "b": jnp.zeros((2, 3))}, jnp.full((2, 1), 0.5)
     z = layer(x, y)
     assert np.asarray(z["a"]) == pytest.approx(np.full((2, 3), 1.25 / 0.9), rel=1e-8)
@@ -164,13 +169,14 @@ def test_a_cell_may_compute_in_a_narrow_dtype_and_be_recomputed(kind):
         return (0.4 * jnp.tanh(z.astype(jnp.bfloat16)) + x.astype(jnp.bfloat16)).astype(z.dtype)
 
     x = jnp.ones((3, 4), jnp.float32)
-    narrow = LAYERS[kind][0](cell, forward__rtol=1e-2)
+    narrow = LAYERS[kind][0](cell, forward__rtol=1e-2, **PLAIN)
     z = narrow(x)
     assert z.dtype == jnp.float32
-    exact = LAYERS[kind][0](lambda z, x: 0.4 * jnp.tanh(z) + x, **TIGHT)
+    tight = {**PLAIN_TOO, "forward__rtol": 1e-12}
+    exact = LAYERS[kind][0](lambda z, x: 0.4 * jnp.tanh(z) + x, **tight)
     x = x.astype(jnp.float64)
     assert np.allclose(z, exact(x), rtol=2e-2)
-    again = LAYERS[kind][0](jax.checkpoint(lambda z, x: 0.4 * jnp.tanh(z) + x), **TIGHT)
+    again = LAYERS[kind][0](jax.checkpoint(lambda z, x: 0.4 * jnp.tanh(z) + x), **tight)
     slopes = [jax.grad(lambda x, m=m: m(x).sum())(x) for m in (exact, again)]
     assert np.allclose(*slopes, rtol=1e-12)
 
@@ -266,7 +272,7 @@ def test_an_nnx_cell_that_changes_itself_is_told_what_to_do(cell, message, trans
 
 @pytest.mark.parametrize("cell", [Normed, Dropped])
 def test_in_evaluation_mode_these_cells_are_functions(cell):
-    layer = deqcore_jax.nnx.DEQ(cell(), forward__rtol=1e-6)
+    layer = deqcore_jax.nnx.DEQ(cell(), forward__rtol=1e-6, **PLAIN)
     layer.eval()
     assert np.asarray(layer(jnp.ones((4, 3)))) == pytest.approx(np.full((4, 3), 1 / 0.7), rel=1e-4)
 
@@ -277,14 +283,16 @@ def test_an_equinox_cell_that_changes_itself_is_told_what_to_do():
 
 
 def test_a_bound_method_of_an_equinox_layer_carries_the_weights():
-    layer = deqcore_jax.equinox.DEQ(Scaled(jnp.asarray(0.5)), forward__rtol=1e-6)
+    backward = {**PLAIN_TOO["backward__options"], "rtol": 1e-6}
+    settings = {**PLAIN, "forward__rtol": 1e-6, "backward__options": backward}
+    layer = deqcore_jax.equinox.DEQ(Scaled(jnp.asarray(0.5)), **settings)
     grads = eqx.filter_grad(lambda solve: solve(jnp.ones((4, 3))).value.sum())(layer.solve)
     assert [float(leaf) for leaf in jax.tree.leaves(grads)] == pytest.approx([12 / 0.5**2], rel=1e-4)
 
 
 def test_batch_normalisation_of_equinox_is_explained():
     cell, state = eqx.nn.make_with_state(EqxNormed)()
-    layer = deqcore_jax.equinox.DEQ(cell, forward__rtol=1e-4)
+    layer = deqcore_jax.equinox.DEQ(cell, forward__rtol=1e-4, **PLAIN)
     x = jax.random.normal(jax.random.key(0), (4, 3))
     with pytest.warns(LayerWarning, match=r"\(norm\).*GroupNorm or LayerNorm.*inference_mode") as warned:
         layer(x, state)

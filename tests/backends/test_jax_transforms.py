@@ -14,6 +14,12 @@ jnp = jax.numpy
 
 N = 3
 EXACT = {"forward__rtol": 1e-12, "backward__strategy": "exact-ift", "backward__options": {"rtol": 1e-12}}
+PLAIN = {
+    **EXACT,
+    "forward__solver": "picard",
+    "forward__max_steps": 200,
+    "backward__options": {"rtol": 1e-12, "solver": "picard", "max_steps": 200},
+}
 SILENT = {"backward__on_failure": "ignore"}  # where the adjoint_tap is what is tested
 APPROXIMATE = ["broyden-reuse", "jacobian-free", "neumann"]
 
@@ -46,12 +52,9 @@ def test_check_grads_to_second_order_in_both_modes():
     """The parameter is closed over. Plain iteration on both sides compiles fastest."""
     from jax.test_util import check_grads
 
-    backward = {"rtol": 1e-12, "solver": "picard", "max_steps": 200}
-    settings = {"forward__solver": "picard", "forward__max_steps": 200, "backward__options": backward}
-
     def value(a):
         f = lambda z: jnp.tanh(a * z) + 1.0
-        return deqcore.fixed_point(f, jnp.zeros((1, 1)), **{**EXACT, **settings}).value.sum()
+        return deqcore.fixed_point(f, jnp.zeros((1, 1)), **PLAIN).value.sum()
 
     check_grads(value, (jnp.asarray(0.4),), order=2, modes=["fwd", "rev"])
 
@@ -133,7 +136,7 @@ def test_what_f_closes_over_may_change_between_eager_calls():
     box = {"a": jnp.asarray(0.5)}
     f = lambda z, x: box["a"] * z + x
     one = jnp.ones((1, 1))
-    gradient = lambda x: deqcore.fixed_point(f, jnp.zeros((1, 1)), x, **EXACT).value.sum()
+    gradient = lambda x: deqcore.fixed_point(f, jnp.zeros((1, 1)), x, **PLAIN).value.sum()
     assert jax.grad(gradient)(one)[0, 0] == pytest.approx(2.0)
     box["a"] = jnp.asarray(0.75)
     assert gradient(one) == pytest.approx(4.0)
@@ -151,7 +154,7 @@ def test_a_mutated_nnx_module_gives_its_new_output():
             return self.a[...] * z + 1.0
 
     cell = Cell()
-    solved = lambda cell: deqcore.fixed_point(cell, jnp.zeros((1, 1)), **EXACT).value.sum()
+    solved = lambda cell: deqcore.fixed_point(cell, jnp.zeros((1, 1)), **PLAIN).value.sum()
     assert solved(cell) == pytest.approx(2.0)
     assert nnx.grad(solved)(cell)["a"][...] == pytest.approx(4.0)
     cell.a[...] = jnp.asarray(0.75)
@@ -189,7 +192,7 @@ def test_bad_cotangents_and_singular_equations_are_reported_per_sample():
 
 def test_a_truncated_adjoint_says_so(data):
     a, _, b = data
-    options = {"backward__options": {"max_steps": 1, "rtol": 1e-10}, **SILENT}
+    options = {"backward__options": {"max_steps": 1, "rtol": 1e-10}, "forward__solver": "picard", **SILENT}
     value = lambda x: (
         deqcore.fixed_point(
             lambda z, x: z @ a.T + x @ jnp.ones((1, N)), jnp.zeros_like(b), x, **{**EXACT, **options}
