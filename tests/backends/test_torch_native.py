@@ -1,9 +1,11 @@
 """Native steps are the steps that solvers define. Truth: the solvers' own steps, NumPy, and other batches."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ pytest.importorskip("numba")
 from deqcore_torch import compiled  # noqa: E402
 from deqcore_torch.backend import TorchBackend  # noqa: E402
 from deqcore_torch.native import kernels, krylov, linear, pool, steps  # noqa: E402
+from deqcore_torch.native.entry import entry  # noqa: E402
 
 SOLVERS = [
     Broyden(),
@@ -310,6 +313,24 @@ assert sol.value.dtype is dtype and bool(sol.converged.all()), sol
     for each in runs:
         _, errors = each.communicate(timeout=300)
         assert each.returncode == 0, errors
+
+
+def test_code_in_the_cache_is_of_all_present_sources(tmp_path):
+    """Numba's own cache asks only for the file of a function, and compiled code contains functions of other files."""
+    own, other = tmp_path / "kernels.py", tmp_path / "entry.py"
+    own.write_bytes(Path(kernels.__file__).read_bytes())
+
+    def names(text):
+        other.write_text(text)
+        spec = importlib.util.spec_from_file_location("kernels_here", own)
+        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        return {each.py_func.__qualname__ for each in (module.norms, module.broyden)}
+
+    before = names("a = 1")
+    assert names("a = 1") == before
+    assert len(before) == 2
+    assert not names("a = 2") & before
+    assert entry(kernels.norms).py_func.__qualname__ == f"norms_entry_{kernels.SOURCES[:8]}"
 
 
 def test_it_can_be_turned_off(monkeypatch):

@@ -23,6 +23,7 @@ from deqcore_torch.native.kernels import compiled
 BYTES: Final = ir.IntType(8).as_pointer()
 NUMBER: Final = ir.IntType(64)
 CODE: Final = ir.IntType(32)
+FAILED: Final = ir.IntType(1)
 WORK: Final = ir.FunctionType(ir.VoidType(), [BYTES])
 PARALLEL: Final = ir.FunctionType(ir.VoidType(), [WORK.as_pointer(), BYTES, CODE, CODE])
 """`GOMP_parallel(work, shared, threads, flags)`. With 0 threads it takes torch's number: another number would end some
@@ -34,30 +35,29 @@ def entry(kernel: Any) -> Callable[..., None]:
     """Return the entry of a kernel, `entry(parallel, start, stop, pieces, *arguments)`.
 
     `parallel` is the address of `GOMP_parallel`, or 0 for this thread alone. Each thread takes the next piece of the
-    samples `start … stop` until none is left, so that any number of threads works on all of them. An error in a piece
-    is raised when all have ended.
+    samples `start … stop` until none is left, so that any number of threads works on all of them. When all have ended,
+    a `MemoryError` tells that a piece had no memory for its small arrays: kernels have no other error.
     """
     own, known = kernel.py_func, {"_in_pieces": _in_pieces, "kernel": kernel, "__name__": kernel.py_func.__module__}
-    # The cache of compiled code lies beside the kernel's file, and is invalid when that file changes.
+    # The cache of compiled code lies beside the kernel's file.
     code = _template.__code__.replace(
         co_filename=own.__code__.co_filename,
         co_firstlineno=own.__code__.co_firstlineno,
         co_name=f"{own.__name__}_entry",
     )
-    function = FunctionType(code, known)
-    function.__qualname__ = code.co_name
-    return compiled(function)  # type: ignore[no-any-return]
+    return compiled(FunctionType(code, known))  # type: ignore[no-any-return]
 
 
 def _template(parallel, start, stop, pieces, *arguments):  # type: ignore[no-untyped-def]
-    _in_pieces(parallel, start, stop, pieces, kernel, arguments)  # type: ignore[name-defined]  # noqa: F821
+    if _in_pieces(parallel, start, stop, pieces, kernel, arguments):  # type: ignore[name-defined]  # noqa: F821
+        raise MemoryError("A compiled solver step found no memory. Use a smaller batch or a smaller history_size.")
 
 
 @intrinsic
 def _in_pieces(typing: Any, parallel: Any, start: Any, stop: Any, pieces: Any, kernel: Any, arguments: Any) -> Any:
-    """Call `kernel(*arguments, a, b)` for each piece."""
+    """Call `kernel(*arguments, a, b)` for each piece; return whether one of them failed."""
     called = types.void(*arguments.types, types.int64, types.int64)
-    signature = types.void(parallel, start, stop, pieces, kernel, arguments)
+    signature = types.boolean(parallel, start, stop, pieces, kernel, arguments)
 
     def code(context: Any, builder: Any, _: Any, values: Any) -> Any:
         parallel, start, stop, pieces, _, packed = values
@@ -66,7 +66,7 @@ def _in_pieces(typing: Any, parallel: Any, start: Any, stop: Any, pieces: Any, k
         result = context.compile_subroutine(builder, kernel.dispatcher.py_func, called, flags=flags)
         kinds = zip(arguments.types, cgutils.unpack_tuple(builder, packed), strict=True)
         borrowed = cgutils.pack_struct(builder, [_borrowed(context, builder, *each) for each in kinds])
-        parts = [NUMBER(0), CODE(0), BYTES(None), start, builder.sub(stop, start), pieces, borrowed]
+        parts = [NUMBER(0), FAILED(0), start, builder.sub(stop, start), pieces, borrowed]
         shared = cgutils.alloca_once_value(builder, cgutils.pack_struct(builder, parts))
         work = ir.Function(builder.module, WORK, builder.module.get_unique_name("work"))
         work.linkage = "internal"
@@ -78,8 +78,7 @@ def _in_pieces(typing: Any, parallel: Any, start: Any, stop: Any, pieces: Any, k
                 builder.call(run, [work, given, CODE(0), CODE(0)])
             with alone:
                 builder.call(work, [given])
-        _raise(context, builder, *(builder.load(cgutils.gep_inbounds(builder, shared, 0, i)) for i in (1, 2)))
-        return context.get_dummy_value()
+        return builder.load(cgutils.gep_inbounds(builder, shared, 0, 1))
 
     return signature, code
 
@@ -97,8 +96,8 @@ def _write_work(context: Any, work: Any, shared: Any, kernel: Any, called: Any) 
     """Write the function that each thread runs on what they share."""
     builder = ir.IRBuilder(work.append_basic_block())
     following, body, end = (work.append_basic_block(name) for name in ("following", "body", "end"))
-    places = [cgutils.gep_inbounds(builder, builder.bitcast(work.args[0], shared), 0, i) for i in range(7)]
-    start, count, pieces, packed = (builder.load(place) for place in places[3:])
+    places = [cgutils.gep_inbounds(builder, builder.bitcast(work.args[0], shared), 0, i) for i in range(6)]
+    start, count, pieces, packed = (builder.load(place) for place in places[2:])
     arguments = cgutils.unpack_tuple(builder, packed)
     builder.branch(following)
     builder.position_at_end(following)
@@ -109,17 +108,7 @@ def _write_work(context: Any, work: Any, shared: Any, kernel: Any, called: Any) 
     own = [*arguments, *(builder.add(start, cut) for cut in cuts)]
     status, _ = context.call_internal_no_propagate(builder, kernel, called, own)
     with builder.if_then(status.is_error, likely=False):
-        builder.store(status.code, places[1])
-        builder.store(builder.bitcast(status.excinfoptr, BYTES), places[2])
+        builder.store(FAILED(1), places[1])
     builder.branch(following)
     builder.position_at_end(end)
     builder.ret_void()
-
-
-def _raise(context: Any, builder: Any, failure: Any, cause: Any) -> None:
-    """Return the error of a piece, if there is one, to the caller of the entry."""
-    convention = context.call_conv
-    with builder.if_then(cgutils.is_not_null(builder, failure), likely=False):
-        kind = convention._get_excinfo_argument(builder.function).type.pointee
-        status = convention._get_return_status(builder, failure, builder.bitcast(cause, kind))
-        convention.return_status_propagate(builder, status)

@@ -9,6 +9,8 @@ has to handle negative indices, and does not use vector registers.
 
 from __future__ import annotations
 
+from hashlib import sha256
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -24,7 +26,18 @@ KEPT: Final = 2**17  # numbers of history that stay in the cache
 CONVERGED, NONFINITE = int(Status.CONVERGED), int(Status.NONFINITE)
 EPS: Final = float(np.finfo(np.float64).eps)
 # Sums may be reordered, but NaN and inf are statuses: no "nnan", no "ninf".
-compiled: Final = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+_njit: Final = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+SOURCES: Final = sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+
+
+def compiled(function: Any) -> Any:
+    """Compile a function when it is first called.
+
+    Numba's cache finds code by the function's name and its own file. The name gets a stamp of all files here, because
+    compiled code contains functions of other files, too.
+    """
+    function.__qualname__ = f"{function.__name__}_{SOURCES[:8]}"
+    return _njit(function)
 
 
 @intrinsic
