@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from deqcore.abc.adjoint import AdjointSolver
 from deqcore.abc.backend import Backend
@@ -258,7 +258,8 @@ def _continued(job: _Job, y: Tensor, z: Tensor, g: Tensor) -> Tensor:
 
 def _second_order(job: _Job, y: Tensor, z: Tensor, g: Tensor, out: Tensor, outside: list[Tensor]) -> Any:
     """Return gradients of the tensors outside, as differentiable functions of g, the solution and those tensors."""
-    return Twice.apply(Recorded(y, z, lambda g: _differentiable(job, y, z, g)), out, g, *outside)
+    ends = [job.outside.ends.get(key(tensor)) or get_gradient_edge(tensor) for tensor in outside]
+    return Twice.apply(Recorded(y, z, ends, lambda g: _differentiable(job, y, z, g)), out, g, *outside)
 
 
 def _differentiable(job: _Job, y: Tensor, z: Tensor, g: Tensor) -> Tensor:

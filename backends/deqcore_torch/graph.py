@@ -8,7 +8,7 @@ from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 COMPILED: Final = (
     "CompiledFunctionBackward"  # the node of code that AOTAutograd compiled, with every backend but "eager"
@@ -121,22 +121,6 @@ def asked_for(node: Any) -> bool:
         return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:  # PyTorch refuses to say it of a leaf that `torch.autograd.grad` was asked for
         return True
-
-
-def nested(sources: Sequence[Tensor]) -> bool:
-    """Return whether one of these tensors, which need gradients, is computed from another one."""
-    known = [get_gradient_edge(t) for t in sources]  # a saved leaf is another object with the same edge
-    edges = {(edge.node, edge.output_nr) for edge in known}
-    before: list[Any] = [t.grad_fn for t in sources if t.grad_fn is not None]
-    seen = set(before)
-    for node in before:
-        for earlier, output in node.next_functions:
-            if (earlier, output) in edges:
-                return True
-            if earlier is not None and earlier not in seen:
-                seen.add(earlier)
-                before.append(earlier)
-    return False
 
 
 def once_only(gradients: Iterable[Tensor | None], start: int) -> bool:
