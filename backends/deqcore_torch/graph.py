@@ -8,6 +8,7 @@ from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge
 
 COMPILED: Final = (
@@ -113,6 +114,27 @@ def may_lead_to(edges: Iterable[Edge], leaves: set[Any], most: int) -> bool:
                 seen.add(node)
                 stack.append(node)
     return bool(stack)
+
+
+def gradients_at(
+    y: Tensor,
+    ends: Sequence[Tensor | GradientEdge],
+    u: Tensor,
+    *,
+    retain_graph: bool = True,
+    create_graph: bool = False,
+) -> Sequence[Tensor | None]:
+    """Return the gradients of y for the cotangent u, in a pass within a pass of the engine.
+
+    `torch.autograd.grad` is the same after checks that take longer than the vjp of a small layer, and a context for
+    compiled code, which the outer pass has. It also serves subclasses of Tensor.
+    """
+    if type(y) is not Tensor:
+        return torch.autograd.grad(y, ends, u, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True)
+    gradients: Sequence[Tensor | None] = Variable._execution_engine.run_backward(  # type: ignore[attr-defined]
+        (y,), (u,), retain_graph, create_graph, tuple(ends), allow_unreachable=True, accumulate_grad=False
+    )
+    return gradients
 
 
 def asked_for(node: Any) -> bool:

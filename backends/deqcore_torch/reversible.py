@@ -23,7 +23,7 @@ from deqcore_torch import functorch
 from deqcore_torch.aliases import Aliases
 from deqcore_torch.checkpoints import CURE
 from deqcore_torch.eval_context import Ambient, nothing_recorded
-from deqcore_torch.graph import Edge, key, outside, sequence
+from deqcore_torch.graph import Edge, gradients_at, key, outside, sequence
 from deqcore_torch.module_hooks import unhooked
 from deqcore_torch.second_order import distinct, partial
 
@@ -130,7 +130,7 @@ class _Pass:
         if not self.whole:  # the engine runs that computation in each half step
             return partial([value], wanted, [g], create_graph=False)
         with unhooked([value], wanted):
-            return torch.autograd.grad(value, wanted, g, allow_unused=True)
+            return gradients_at(value, wanted, g, retain_graph=False)
 
     def _add(self, pulled: Sequence[Tensor | None]) -> None:
         for i, part in enumerate(pulled):
