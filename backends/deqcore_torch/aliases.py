@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from deqcore.abc.backend import Backend
 from deqcore.types import Tree
@@ -42,6 +44,11 @@ class Aliases:
                     self.edges[key(alias)] = edge
                 leaves[i] = made[edge]
         return tuple(backend.unflatten(structure, leaves)) if made else args
+
+    def ends(self, tensors: Sequence[Tensor]) -> list[GradientEdge]:
+        """Return where passes to these tensors end: at their aliases, if they have some."""
+        of = {edge: GradientEdge(*alias) for alias, edge in self.edges.items()}
+        return [of.get(key(tensor)) or get_gradient_edge(tensor) for tensor in tensors]
 
     def stay_apart(self, outside: Outside, size: int) -> bool:
         """Return whether all tensors outside f are known, and a pass from y to them stays within f.

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from deqcore.abc.adjoint import AdjointSolver
 from deqcore.abc.backend import Backend
@@ -39,7 +39,7 @@ from deqcore.types import BackwardRecord, PassInputs, SolveResult, Status, Tree
 from deqcore_torch import functorch
 from deqcore_torch.aliases import Aliases
 from deqcore_torch.functorch import Refuse, approximate
-from deqcore_torch.graph import Outside, asked_for, key, leaf_of, outside, refuse_compiled, sequence
+from deqcore_torch.graph import Outside, asked_for, gradients_at, key, leaf_of, outside, refuse_compiled, sequence
 from deqcore_torch.module_hooks import Mute, hooks_made, muted, unhooked
 from deqcore_torch.saved_tensors import Recording, recording
 from deqcore_torch.second_order import Recorded, Twice, distinct
@@ -165,7 +165,7 @@ class _Job:
 
     def solve_adjoint(self, y: Tensor, z: Tensor, g: Tensor) -> Tensor:
         def vjp(u: Tensor) -> Tensor:
-            (product,) = torch.autograd.grad(y, z, u, retain_graph=True, allow_unused=True)
+            (product,) = gradients_at(y, [z], u)
             return torch.zeros_like(u) if product is None else product
 
         start = time.perf_counter()
@@ -196,9 +196,7 @@ class _Job:
 def _pulled(y: Tensor, edges: Sequence[Any], u: Tensor) -> Sequence[Tensor | None]:
     """Return gradients at the ends of f's graph, where no hook of a parameter runs: it would see a part."""
     with unhooked([y], [leaf for edge in edges if (leaf := leaf_of(edge.node)) is not None]):
-        return torch.autograd.grad(
-            y, edges, u, retain_graph=True, create_graph=torch.is_grad_enabled(), allow_unused=True
-        )
+        return gradients_at(y, edges, u, create_graph=torch.is_grad_enabled())
 
 
 class _Attach(torch.autograd.Function):
@@ -258,7 +256,8 @@ def _continued(job: _Job, y: Tensor, z: Tensor, g: Tensor) -> Tensor:
 
 def _second_order(job: _Job, y: Tensor, z: Tensor, g: Tensor, out: Tensor, outside: list[Tensor]) -> Any:
     """Return gradients of the tensors outside, as differentiable functions of g, the solution and those tensors."""
-    return Twice.apply(Recorded(y, z, lambda g: _differentiable(job, y, z, g)), out, g, *outside)
+    ends = [job.outside.ends.get(key(tensor)) or get_gradient_edge(tensor) for tensor in outside]
+    return Twice.apply(Recorded(y, z, ends, lambda g: _differentiable(job, y, z, g)), out, g, *outside)
 
 
 def _differentiable(job: _Job, y: Tensor, z: Tensor, g: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd import Variable
+from torch.autograd.graph import GradientEdge
 
 COMPILED: Final = (
     "CompiledFunctionBackward"  # the node of code that AOTAutograd compiled, with every backend but "eager"
@@ -115,28 +116,33 @@ def may_lead_to(edges: Iterable[Edge], leaves: set[Any], most: int) -> bool:
     return bool(stack)
 
 
+def gradients_at(
+    y: Tensor,
+    ends: Sequence[Tensor | GradientEdge],
+    u: Tensor,
+    *,
+    retain_graph: bool = True,
+    create_graph: bool = False,
+) -> Sequence[Tensor | None]:
+    """Return the gradients of y for the cotangent u, in a pass within a pass of the engine.
+
+    `torch.autograd.grad` is the same after checks that take longer than the vjp of a small layer, and a context for
+    compiled code, which the outer pass has. It also serves subclasses of Tensor.
+    """
+    if type(y) is not Tensor:
+        return torch.autograd.grad(y, ends, u, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True)
+    gradients: Sequence[Tensor | None] = Variable._execution_engine.run_backward(  # type: ignore[attr-defined]
+        (y,), (u,), retain_graph, create_graph, tuple(ends), allow_unreachable=True, accumulate_grad=False
+    )
+    return gradients
+
+
 def asked_for(node: Any) -> bool:
     """Return whether the pass that runs here forms the gradient that `node` takes."""
     try:
         return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:  # PyTorch refuses to say it of a leaf that `torch.autograd.grad` was asked for
         return True
-
-
-def nested(sources: Sequence[Tensor]) -> bool:
-    """Return whether one of these tensors, which need gradients, is computed from another one."""
-    known = [get_gradient_edge(t) for t in sources]  # a saved leaf is another object with the same edge
-    edges = {(edge.node, edge.output_nr) for edge in known}
-    before: list[Any] = [t.grad_fn for t in sources if t.grad_fn is not None]
-    seen = set(before)
-    for node in before:
-        for earlier, output in node.next_functions:
-            if (earlier, output) in edges:
-                return True
-            if earlier is not None and earlier not in seen:
-                seen.add(earlier)
-                before.append(earlier)
-    return False
 
 
 def once_only(gradients: Iterable[Tensor | None], start: int) -> bool:

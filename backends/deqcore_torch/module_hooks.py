@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import update_wrapper
+from typing import Any, Final
 
 from torch import Tensor
 from torch._C import _current_graph_task_id
@@ -19,6 +20,8 @@ from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
 from deqcore_torch.graph import leaf_of
+
+_partial: Final[set[int]] = set()  # numbers of the passes that run for parts of gradients
 
 
 class Mute:
@@ -69,31 +72,41 @@ def muted(y: Tensor, before: int, start: int = 0) -> Mute:
     return mute
 
 
+class _OfWhole:
+    """A hook of a tensor that passes for a part of its gradient skip."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        update_wrapper(self, hook)
+
+    def __call__(self, gradient: Tensor) -> Any:
+        return None if _current_graph_task_id() in _partial else self.__wrapped__(gradient)  # type: ignore[attr-defined]
+
+
 @contextmanager
 def unhooked(outputs: Sequence[Tensor], ends: Sequence[Tensor]) -> Iterator[None]:
     """Skip hooks of the tensors at the ends of passes that begin at `outputs` in this context.
 
     These passes form parts of a gradient, which hooks and `retain_grad` get as a whole. Other threads' passes run them.
+    The hooks stay wrapped: a thread that restored them would restore them for the passes of other threads, too.
     """
     retained = [(tensor, tensor.grad) for tensor in ends if tensor.retains_grad]
     hooked = [hooks for tensor in ends if (hooks := tensor._backward_hooks)]
-    passes: set[int] = set()
-
-    def gate(hook: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda gradient: None if _current_graph_task_id() in passes else hook(gradient)
-
-    nodes = [output.grad_fn for output in outputs if output.grad_fn is not None] if hooked else []
-    begun = [node.register_prehook(lambda _: passes.add(_current_graph_task_id())) for node in nodes]
-    before = [dict(hooks) for hooks in hooked]
     for hooks in hooked:
-        hooks.update({number: gate(hook) for number, hook in hooks.items()})
+        hooks.update({i: _OfWhole(hook) for i, hook in list(hooks.items()) if type(hook) is not _OfWhole})
+    nodes = [output.grad_fn for output in outputs if output.grad_fn is not None] if hooked else []
+    begun: set[int] = set()
+
+    def begin(_: Any) -> None:
+        begun.add(_current_graph_task_id())
+        _partial.update(begun)
+
+    handles = [node.register_prehook(begin) for node in nodes]
     try:
         yield
     finally:
-        for handle in begun:
+        for handle in handles:
             handle.remove()
-        for hooks, own in zip(hooked, before, strict=True):
-            hooks.update({number: hook for number, hook in own.items() if number in hooks})
+        _partial.difference_update(begun)
         for tensor, grad in retained:
             tensor.grad = grad
 

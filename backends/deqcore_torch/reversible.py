@@ -20,9 +20,10 @@ from deqcore.errors import ProblemError, StrategyError
 from deqcore.solve.opaque import arrays_in
 from deqcore.types import BoundMap, Map
 from deqcore_torch import functorch
+from deqcore_torch.aliases import Aliases
 from deqcore_torch.checkpoints import CURE
 from deqcore_torch.eval_context import Ambient, nothing_recorded
-from deqcore_torch.graph import nested, outside, sequence
+from deqcore_torch.graph import Edge, gradients_at, key, outside, sequence
 from deqcore_torch.module_hooks import unhooked
 from deqcore_torch.second_order import distinct, partial
 
@@ -43,28 +44,34 @@ class _FusedTwoState(TwoState):
 
 
 class _Job:
-    """What the backward pass needs besides tensors: the map, the rule, and the context of the call."""
+    """What the backward pass needs besides tensors: the map, the rule, and the context of the call.
 
-    def __init__(self, backend: Backend, f: Map, rule: TwoState, steps: int, z0: Tensor) -> None:
+    Attributes:
+        apart: arguments that f reads as arguments alone, so that something else may stand for them.
+    """
+
+    def __init__(self, backend: Backend, f: Map, rule: TwoState, steps: int, z0: Tensor, apart: set[Edge]) -> None:
         self.backend = backend
         self.f = f
         self.rule = rule
         self.steps = steps
         self.z0 = z0
+        self.apart = apart
         self.ambient = Ambient.now(z0)
 
-    def recorded(self) -> Tensor:
-        """Return the value with every step recorded, for derivatives of the gradient."""
+    def recorded(self, g: Tensor, sources: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return the gradients of the sources with every step recorded, for derivatives of these."""
+        aliases = Aliases()
+        f = _with(self.f, lambda args: aliases.replace(self.backend, args)) if self.apart else self.f
         pair = self.rule.start(self.z0)
         for _ in range(self.steps):
-            pair = self.rule.step(self.f, pair)
-        return self.rule.down(pair[1])
+            pair = self.rule.step(f, pair)
+        value = self.rule.down(pair[1])
+        return partial([value], sources, [g], create_graph=True, ends=aliases.ends(sources))
 
     def vjp(self, y: Tensor, z: Tensor, g: Tensor, sources: Sequence[Tensor]) -> list[Tensor | None]:
         """Undo all steps; return the gradients of the sources."""
-        back = _Pass(self.f, self.rule, sources)
-        if back.nested:
-            back.cut(self.backend, z)
+        back = _Pass(self, sources)
         size = torch.linalg.vector_norm(z, dim=1)
         gy, gz = torch.zeros_like(g), g.clone()
         y, z = y.clone(), z.clone()
@@ -92,31 +99,14 @@ class _Job:
 class _Pass:
     """One backward pass: half steps undone one after the other, and the gradients summed."""
 
-    def __init__(self, f: Map, rule: TwoState, sources: Sequence[Tensor]) -> None:
-        self.f = f
-        self.rule = rule
-        self.sources = sources
+    def __init__(self, job: _Job, sources: Sequence[Tensor]) -> None:
+        self.rule = job.rule
         self.gradients: list[Tensor | None] = [None] * len(sources)
-        self.nested = nested(sources)
-
-    def cut(self, backend: Backend, z: Tensor) -> None:
-        """Give f leaves instead of arguments with a history, if it reads each of them as an argument alone.
-
-        This takes one evaluation of f, at `z` `(batch, n)`. Without it every half step would differentiate the history.
-        """
-        if not isinstance(self.f, BoundMap):
-            return
-        leaves, structure = backend.flatten(self.f.args)
-        mine = {_edge(source): source.detach().requires_grad_() for source in self.sources if not source.is_leaf}
-        given = [mine.get(_edge(leaf), leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        f = BoundMap(self.f.f, tuple(backend.unflatten(structure, given)))
-        sources = [mine.get(_edge(source), source) for source in self.sources]
-        start = sequence()
-        with torch.enable_grad():
-            at = self.rule.down(z).detach().requires_grad_()
-            value = f(at)
-        if not value.requires_grad or outside(value, at, sources, range(start, sequence())).hidden is None:
-            self.f, self.sources, self.nested = f, sources, False
+        # Leaves stand for the arguments, or every half step would differentiate what these are computed from.
+        leaves = {key(t): t.detach().requires_grad_() for t in sources if key(t) in job.apart}
+        self.sources = [leaves.get(key(t), t) for t in sources]
+        self.whole = all(t.is_leaf for t in self.sources)
+        self.f = _with(job.f, lambda args: _replaced(job.backend, args, leaves)) if leaves else job.f
 
     def undo(self, other: Tensor, moved: Tensor, g_other: Tensor, g_moved: Tensor) -> None:
         """Undo `moved ← (1 − β) moved + β f(other)`.
@@ -137,10 +127,10 @@ class _Pass:
 
     def _pulled(self, value: Tensor, wanted: list[Tensor], g: Tensor) -> Sequence[Tensor | None]:
         """Return the gradients of f alone, not those by which one source is computed from another."""
-        if self.nested:  # the engine runs that computation in each half step
+        if not self.whole:  # the engine runs that computation in each half step
             return partial([value], wanted, [g], create_graph=False)
         with unhooked([value], wanted):
-            return torch.autograd.grad(value, wanted, g, allow_unused=True)
+            return gradients_at(value, wanted, g, retain_graph=False)
 
     def _add(self, pulled: Sequence[Tensor | None]) -> None:
         for i, part in enumerate(pulled):
@@ -151,9 +141,15 @@ class _Pass:
             self.gradients[i] = part.clone() if own is None else own.add_(part)
 
 
-def _edge(tensor: Tensor) -> tuple[Any, int]:
-    """Return what tells tensors with a history apart; a saved one is another object."""
-    return tensor.grad_fn, tensor.output_nr
+def _with(f: Map, change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> Map:
+    """Return f with other arguments."""
+    assert isinstance(f, BoundMap)
+    return BoundMap(f.f, change(f.args))
+
+
+def _replaced(backend: Backend, args: tuple[Any, ...], instead: dict[Edge, Tensor]) -> tuple[Any, ...]:
+    leaves, structure = backend.flatten(args)
+    return tuple(backend.unflatten(structure, [instead.get(key(t), t) if isinstance(t, Tensor) else t for t in leaves]))
 
 
 class _Reversible(torch.autograd.Function):
@@ -176,8 +172,7 @@ class _Reversible(torch.autograd.Function):
             return (None, None, None, *[None] * len(sources))
         functorch.refuse_batched(g)
         if torch.is_grad_enabled():
-            value = job.ambient.around(job.recorded)()
-            gradients: Any = partial([value], sources, [g], create_graph=True)
+            gradients: Any = job.ambient.around(job.recorded)(g, sources)
         else:
             gradients = job.ambient.around(job.vjp)(y, z, g, sources)
         return (None, None, None, *gradients)
@@ -207,25 +202,31 @@ def iterate(
     value = rule.down(z)
     if not torch.is_grad_enabled():
         return value, first, f(value)
-    last, sources = _sources(backend, f, value)
+    last, sources, apart = _sources(backend, f, value)
     if sources:
-        value = _Reversible.apply(_Job(backend, f, rule, steps, z0), y, z, *sources)
+        value = _Reversible.apply(_Job(backend, f, rule, steps, z0, apart), y, z, *sources)
     return value, first, last
 
 
-def _sources(backend: Backend, f: Map, z: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Return f(z), and the tensors with a gradient that f depends on, found by this one recorded evaluation."""
-    args = f.args if isinstance(f, BoundMap) else ()
-    given = [t for t in distinct(list(arrays_in(backend, args))) if t.requires_grad]
+def _sources(backend: Backend, f: Map, z: Tensor) -> tuple[Tensor, list[Tensor], set[Edge]]:
+    """Return f(z), the tensors with a gradient that f depends on, and which of them f reads as arguments alone.
+
+    They are found by this one recorded evaluation.
+    """
+    aliases = Aliases()
+    given: list[Tensor] = []
+    if isinstance(f, BoundMap):
+        given = distinct(list(arrays_in(backend, f.args)))
+        f = _with(f, lambda args: aliases.replace(backend, args))
     start = sequence()
     at = z.detach().requires_grad_()
     y = f(at)
     if not y.requires_grad:
-        return y, []
-    beyond = outside(y, at, given, range(start, sequence()))
+        return y, [], set()
+    beyond = outside(y, at, given, range(start, sequence()), aliases.edges)
     if beyond.hidden is not None:
         raise StrategyError(
             f"f closes over a tensor that has a history of its own ({beyond.hidden}): a reversible backward pass would "
             f"silently miss it. Pass it through args, as in fixed_point(f, z0, tensor)."
         )
-    return y.detach(), [*given, *beyond.leaves]
+    return y.detach(), [*given, *beyond.leaves], set() if beyond.direct else set(aliases.edges.values())

@@ -26,7 +26,7 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor
 from torch._C import _current_graph_task_id
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from deqcore.errors import StrategyError
 from deqcore_torch.functorch import ORDER, Refuse
@@ -43,10 +43,11 @@ Edge: TypeAlias = tuple[int, int]  # id of a node, number of its output
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """y = f(z, …) with its graph, and the differentiable solve for u from g."""
+    """y = f(z, …) with its graph, where this ends, and the differentiable solve for u from g."""
 
     y: Tensor
     z: Tensor
+    ends: Sequence[GradientEdge]
     solve: Callable[[Tensor], Tensor]
 
 
@@ -57,15 +58,22 @@ def distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def partial(
-    outputs: Sequence[Tensor], sources: Sequence[Tensor], cotangents: Sequence[Tensor], create_graph: bool
+    outputs: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    create_graph: bool,
+    ends: Sequence[GradientEdge] | None = None,
 ) -> list[Tensor | None]:
     """Return gradients of the outputs for each source while the others stay fixed; the graph is kept.
+
+    They are taken at `ends`, the edges of the sources or of their aliases.
 
     The engine itself continues beyond a source towards a source that it is computed from. So hooks on the nodes before
     the sources take the gradients, and zeros continue. A user's hooks on a source run when the engine delivers them.
     """
-    edges = [get_gradient_edge(source) for source in sources]
-    wanted = [(id(edge.node), edge.output_nr) for edge in edges]
+    if ends is None:
+        ends = [get_gradient_edge(source) for source in sources]
+    wanted = [(id(edge.node), edge.output_nr) for edge in ends]
     gradients: dict[Edge, Tensor] = {}
     passes: list[int] = []  # the first is this one: nested passes visit the same nodes
     nodes = [output.grad_fn for output in outputs if output.grad_fn is not None]
@@ -74,7 +82,7 @@ def partial(
     try:
         with unhooked(outputs, sources):
             torch.autograd.grad(
-                outputs, sources, cotangents, create_graph=create_graph, retain_graph=True, allow_unused=True
+                outputs, ends, cotangents, create_graph=create_graph, retain_graph=True, allow_unused=True
             )
     finally:
         for handle in handles:
@@ -91,12 +99,14 @@ class Twice(torch.autograd.Function):
         begun = sequence()
         with torch.enable_grad():
             cotangent = g.detach().requires_grad_()
-            parts = partial([recorded.y], sources, [recorded.solve(cotangent)], create_graph=True)
+            u = recorded.solve(cotangent)
+            parts = partial([recorded.y], sources, [u], create_graph=True, ends=recorded.ends)
         ctx.set_materialize_grads(False)
         ctx.once = once_only(parts, begun)
         ctx.kept = [part is not None and part.requires_grad for part in parts]
         graph = [part for part, kept in zip(parts, ctx.kept, strict=True) if kept and part is not None]
         ctx.save_for_backward(out, g, recorded.z, cotangent, *sources, *graph)
+        ctx.ends = [get_gradient_edge(recorded.z), get_gradient_edge(cotangent), *recorded.ends]
         ctx.count = len(sources)
         return tuple(None if part is None else part.detach() for part in parts)
 
@@ -113,9 +123,9 @@ class Twice(torch.autograd.Function):
             return (None,) * (3 + ctx.count)
         parts, wanted, given = [part for part, _ in pairs], [z, inner, *sources], [value for _, value in pairs]
         if not torch.is_grad_enabled():
-            return (None, *partial(parts, wanted, given, create_graph=False))
+            return (None, *partial(parts, wanted, given, create_graph=False, ends=ctx.ends))
         tied = [Refuse.apply(value, value, ORDER) for value in distinct([out, g, *sources])]
-        return (None, *_Pushed.apply(parts, wanted, tied, *tied, *given))
+        return (None, *_Pushed.apply(parts, wanted, ctx.ends, tied, *tied, *given))
 
 
 class _Pushed(torch.autograd.Function):
@@ -126,11 +136,18 @@ class _Pushed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, parts: list[Tensor], wanted: list[Tensor], tied: list[Tensor], *inputs: Tensor) -> Any:
+    def forward(
+        ctx: Any,
+        parts: list[Tensor],
+        wanted: list[Tensor],
+        ends: list[GradientEdge],
+        tied: list[Tensor],
+        *inputs: Tensor,
+    ) -> Any:
         begun = sequence()
         given = [tensor.detach().requires_grad_() for tensor in inputs[len(tied) :]]
         with torch.enable_grad():
-            gradients = partial(parts, wanted, given, create_graph=True)
+            gradients = partial(parts, wanted, given, create_graph=True, ends=ends)
         ctx.set_materialize_grads(False)
         ctx.once = once_only(gradients, begun)
         ctx.kept = [part is not None and part.requires_grad for part in gradients]
@@ -155,7 +172,7 @@ class _Pushed(torch.autograd.Function):
             gradients = torch.autograd.grad(outputs, given, weights, retain_graph=True, allow_unused=True)
         if torch.is_grad_enabled():
             gradients = [_refused(part, [*tied, *(cotangent for _, cotangent in pairs)]) for part in gradients]
-        return (None, None, None, *map(_zeros, tied), *gradients)
+        return (None, None, None, None, *map(_zeros, tied), *gradients)
 
 
 def _refused(part: Tensor | None, tensors: Sequence[Tensor]) -> Tensor | None:

@@ -3,6 +3,7 @@
 The truth for u is a dense solve with the closed form of the Jacobian of tanh(W z + x).
 """
 
+import threading
 import weakref
 
 import pytest
@@ -240,3 +241,43 @@ def test_an_object_that_keeps_its_equilibrium_is_freed(strategy, checkpoint, x, 
     del owner
     collect_new()
     assert alive() is None
+
+
+@pytest.mark.parametrize("strategy", ["exact-ift", "neumann", "reversible"])
+def test_hooks_run_once_where_the_last_passes_of_two_threads_overlap(strategy):
+    w, seen, gradients = torch.full((1, 1), 3.0, dtype=torch.float64, requires_grad=True), [], {}
+    w.register_hook(lambda g: seen.append(g.item()) or 2 * g)
+    begun, ended = {True: threading.Event(), False: threading.Event()}, threading.Event()
+
+    class Meet(torch.autograd.Function):
+        """Identity, where the first thread waits until the other has begun, and the other until the first has ended."""
+
+        @staticmethod
+        def forward(ctx, w, first):
+            ctx.first = first
+            return w.view_as(w)
+
+        @staticmethod
+        def backward(ctx, g):
+            begun[ctx.first].set()
+            assert (begun[False] if ctx.first else ended).wait(60)
+            return g, None
+
+    def solved(first):
+        f = lambda z: 0.5 * z + Meet.apply(w, first) ** 2
+        return deqcore.fixed_point(f, torch.zeros_like(w), forward__rtol=1e-12, backward__strategy=strategy).value
+
+    def backward(first):
+        (gradients[first],) = torch.autograd.grad(values[first], w)
+        if first:
+            ended.set()
+
+    values = {first: solved(first) for first in begun}
+    first, second = (threading.Thread(target=backward, args=(first,)) for first in begun)
+    first.start()
+    assert begun[True].wait(60)
+    second.start()
+    first.join()
+    second.join()
+    assert len(seen) == 2
+    assert [g.item() for g in gradients.values()] == pytest.approx([2 * g for g in seen])

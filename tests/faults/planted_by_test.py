@@ -33,6 +33,14 @@ HALTING = "deqcore.halting"
 
 LOOPED = [
     Fault(
+        "an argument that counts once more through another one",
+        "deqcore_torch.reversible",
+        "self.whole = all(t.is_leaf for t in self.sources)",
+        "self.whole = True",
+        f"{BACKENDS}/test_reversible.py::test_an_argument_that_is_computed_from_another_counts_once[closure, too]",
+        "backward through the graph a second time|not close",
+    ),
+    Fault(
         "the real part of a complex pair for its modulus, in the spectral penalty",
         "deqcore.diagnostics.stability",
         "return xp.where(is_pair, modulus, xp.abs(trace) / 2 + root)",
