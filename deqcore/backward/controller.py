@@ -20,7 +20,7 @@ RIDGE: Final = 1e-4
 MEMORY: Final = 0.3
 """Weight of the newest audit in every average, once there are several."""
 
-SPREAD: Final = 2.8
+SPREAD: Final = 5.0
 """The bound of an error is its geometric mean times exp(SPREAD · deviation), where the deviation is twice the mean
 excess of the logarithm. For a normal distribution 2.06 of them are exceeded by 5 %; the least k whose bound meets the
 target is one whose errors happened to be small, which takes the rest."""
