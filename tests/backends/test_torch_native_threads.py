@@ -156,6 +156,7 @@ def test_python_threads_run_kernels_at_once():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # JAX warns, if another test has imported it
 def test_a_child_of_a_process_that_used_threads_does_not_wait_for_them():
     counted()
     child = os.fork()

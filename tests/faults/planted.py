@@ -924,10 +924,10 @@ BACKENDS = [
     Fault(
         "late f",
         AUTOGRAD,
-        "    value: Tensor = _Attach.apply(y, z, forward.z, job, *tensors_outside)\n",
+        "    value: Tensor = _Attach.apply(y if job.edges is None else None, (y, z), forward.z, job, *known)\n",
         "    late = torch.enable_grad()(lambda y, z, g: _Job.solve_adjoint(job, f(z, *args), z, g))\n"
         "    job.solve_adjoint = late\n"
-        "    value: Tensor = _Attach.apply(y, z, forward.z, job, *tensors_outside)\n",
+        "    value: Tensor = _Attach.apply(y if job.edges is None else None, (y, z), forward.z, job, *known)\n",
         "backend torch",
         "test_what_f_reads_is_what_it_was_at_the_call",
         "has changed since the call",
@@ -1000,8 +1000,8 @@ POINTS = [
     Fault(
         "value for iterate, where gradients are recorded",
         "deqcore_torch.autograd",
-        "_Attach.apply(y, z, forward.z, job, *tensors_outside)",
-        "_Attach.apply(y, z, forward.fz, job, *tensors_outside)",
+        "(y, z), forward.z, job, *known)",
+        "(y, z), forward.fz, job, *known)",
         "backend torch",
         "test_the_value_is_the_iterate_that_is_reported",
         "the residual of the value",
