@@ -38,7 +38,7 @@ ONCE_ONLY: Final = (
     "differentiated again: write that backward in differentiable operations and remove the mark."
 )
 
-Edge: TypeAlias = tuple[int, int]  # id of a node, number of its output
+EdgeId: TypeAlias = tuple[int, int]  # id of a node, number of its output
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +74,7 @@ def partial(
     if ends is None:
         ends = [get_gradient_edge(source) for source in sources]
     wanted = [(id(edge.node), edge.output_nr) for edge in ends]
-    gradients: dict[Edge, Tensor] = {}
+    gradients: dict[EdgeId, Tensor] = {}
     passes: list[int] = []  # the first is this one: nested passes visit the same nodes
     nodes = [output.grad_fn for output in outputs if output.grad_fn is not None]
     handles = [node.register_prehook(lambda _: passes.append(_current_graph_task_id())) for node in nodes]
@@ -182,7 +182,7 @@ def _refused(part: Tensor | None, tensors: Sequence[Tensor]) -> Tensor | None:
     return part
 
 
-def _frontier(nodes: Sequence[Any], wanted: set[Edge]) -> list[tuple[Any, dict[int, Edge]]]:
+def _frontier(nodes: Sequence[Any], wanted: set[EdgeId]) -> list[tuple[Any, dict[int, EdgeId]]]:
     """Return the nodes with edges into the sources, and which of their edges these are."""
     stack: list[Any] = list(nodes)
     visited: dict[int, Any] = {}  # keeps the nodes alive, so that their ids stay unique
@@ -192,7 +192,7 @@ def _frontier(nodes: Sequence[Any], wanted: set[Edge]) -> list[tuple[Any, dict[i
         if node is None or id(node) in visited:
             continue
         visited[id(node)] = node
-        into: dict[int, Edge] = {}
+        into: dict[int, EdgeId] = {}
         for i, (following, output) in enumerate(node.next_functions):
             if (id(following), output) in wanted:
                 into[i] = (id(following), output)
@@ -203,7 +203,7 @@ def _frontier(nodes: Sequence[Any], wanted: set[Edge]) -> list[tuple[Any, dict[i
     return frontier
 
 
-def _collect(node: Any, into: dict[int, Edge], sums: dict[Edge, Tensor], passes: list[int]) -> Any:
+def _collect(node: Any, into: dict[int, EdgeId], sums: dict[EdgeId, Tensor], passes: list[int]) -> Any:
     def collect(gradients: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...] | None:
         if _current_graph_task_id() != passes[0]:
             return None
