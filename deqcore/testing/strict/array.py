@@ -29,6 +29,7 @@ REFUSED: Final = {
 UNARY: Final = ("__neg__", "__pos__", "__abs__", "__invert__")
 ARITHMETIC: Final = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
 COMPARISON: Final = ("__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__")
+ATOMS: Final = frozenset([int, float, bool, complex, str, slice, type(None), type(Ellipsis), type])
 BINARY: Final = (*(f"__{side}{name}__" for name in ARITHMETIC for side in ("", "r")), *COMPARISON)
 
 
@@ -83,7 +84,7 @@ class StrictArray:
 
     def __getitem__(self, key: Any) -> StrictArray:
         for part in key if isinstance(key, tuple) else (key,):
-            if isinstance(part, StrictArray) and part.dtype == bool:
+            if type(part) is StrictArray and part.dtype == bool:
                 raise StrictError(
                     "A strict array was indexed with a mask: the shape of the result depends on values, which "
                     "tracing does not know. Use xp.where."
@@ -99,6 +100,8 @@ class StrictArray:
 
 def wrap(value: Any) -> Any:
     """Return NumPy arrays as strict ones, also within tuples and lists."""
+    if type(value) is np.ndarray:
+        return StrictArray(value)
     if isinstance(value, (np.ndarray, np.generic)):
         return StrictArray(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -108,8 +111,11 @@ def wrap(value: Any) -> Any:
 
 def unwrap(value: Any) -> Any:
     """Return the NumPy arrays inside, also within tuples, lists and dicts."""
-    if isinstance(value, StrictArray):
+    kind = type(value)
+    if kind is StrictArray:
         return value.hidden
+    if kind in ATOMS:
+        return value
     if isinstance(value, dict):
         return {key: unwrap(item) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -126,11 +132,14 @@ def _binary(name: str) -> Callable[[StrictArray, Any], Any]:
     method = getattr(np.ndarray, name)
 
     def operator(self: StrictArray, other: Any) -> Any:
-        if isinstance(other, np.ndarray):
+        kind = type(other)
+        if kind is StrictArray:
+            other = other.hidden
+        elif kind not in ATOMS and isinstance(other, np.ndarray):
             raise StrictError(
                 f"{self!r} met a NumPy array in {name}: convert it with backend.asarray, or it ends on the host."
             )
-        result = method(self.hidden, other.hidden if type(other) is StrictArray else unwrap(other))
+        result = method(self.hidden, other)
         return NotImplemented if result is NotImplemented else StrictArray(result)
 
     return operator

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from deqcore.testing.strict.array import StrictError, unwrap, wrap
+from deqcore.testing.strict.array import StrictArray, StrictError, unwrap, wrap
 
 # https://data-apis.org/array-api/2024.12, without what has a shape that depends on values.
 NAMES: Final = frozenset(
@@ -219,11 +219,18 @@ class Linalg(SimpleNamespace):
 
 def _strict(function: Callable[..., Any]) -> Callable[..., Any]:
     def strict(*args: Any, **kwargs: Any) -> Any:
-        for arg in (*args, *kwargs.values()):
-            if isinstance(arg, np.ndarray):
-                raise StrictError(f"xp.{function.__name__} was given a NumPy array: convert it with backend.asarray.")
+        hidden = [*map(_hidden, args)]
+        if not kwargs:
+            return wrap(function(*hidden))
         kwargs.pop("device", None)  # NumPy's own has "cpu" alone
-        return wrap(function(*map(unwrap, args), **{key: unwrap(value) for key, value in kwargs.items()}))
+        return wrap(function(*hidden, **{key: _hidden(value) for key, value in kwargs.items()}))
+
+    def _hidden(value: Any) -> Any:
+        if type(value) is StrictArray:
+            return value.hidden
+        if isinstance(value, np.ndarray):
+            raise StrictError(f"xp.{function.__name__} was given a NumPy array: convert it with backend.asarray.")
+        return unwrap(value)
 
     return strict
 
