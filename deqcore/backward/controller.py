@@ -20,7 +20,7 @@ RIDGE: Final = 1e-4
 MEMORY: Final = 0.3
 """Weight of the newest audit in every average, once there are several."""
 
-SPREAD: Final = 5.0
+SPREAD: Final = 4.0
 """The bound of an error is its geometric mean times exp(SPREAD · deviation), where the deviation is twice the mean
 excess of the logarithm. For a normal distribution 2.06 of them are exceeded by 5 %; the least k whose bound meets the
 target is one whose errors happened to be small, which takes the rest."""
@@ -37,8 +37,8 @@ UNSEEN: Final = 1.2
 LARGEST: Final = 2.0
 """Most that one audit counts as a deviation, so that the start of a training is forgotten soon."""
 
-EXACT_EVERY: Final = 4.0
-"""Most passes between audits while each pass is exact: an audit then costs no vjp, and may show that fewer will do."""
+EXACT_EVERY: Final = 16.0
+"""Most passes between audits while each pass is a solve: an audit may show that fewer vjps will do."""
 
 EASIER: Final = 0.8
 """Part of the target that the bound of fewer vjps must meet before they are taken: hysteresis."""
@@ -76,8 +76,9 @@ class Learned(NamedTuple):
         excluded: audits that did not count: no sample's forward solve converged, or a gradient was not finite.
         chosen: vjps of the next passes; m where none of the candidates is good enough, so that the solve is exact.
         bound: of the relative error with `chosen`, 0 where the solve is exact.
-        error: relative error that the last audit found for what was in force; −1 before there is one.
-        cosine: cosine that the last audit found for what was in force; −1 before there is one.
+        error: relative error that the last audit found for what was in force; −1 before there is one, and where
+            passes were exact.
+        cosine: cosine that the last audit found; −1 as `error`.
         growth: ‖(Jᵀ)^k g‖ / ‖g‖ of the passes since the audit, averaged, for k = `chosen`; 0 before there is one.
         forward: mean ‖f(z) − z‖ of the forward solve at the audit.
         unconverged: share of samples whose forward solve did not converge at the audit.
@@ -244,11 +245,11 @@ class Controller:
         deviation = xp.where(fresh, xp.maximum(xp.max(deviation), YOUNG + 0 * weight), deviation)
         used = xp.sum(xp.where(self._is(xp, s.chosen, eye), error, xp.zeros_like(error)))
         agreed = xp.sum(xp.where(self._is(xp, s.chosen, eye), cosine, xp.zeros_like(cosine)))
-        was_exact = s.chosen >= self.candidates
+        solved = s.chosen >= self.candidates
         learned = s._replace(
             gram=g, right=b, level=level, deviation=deviation, audits=s.audits + 1, begun=xp.ones_like(s.begun),
-            error=xp.where(first, -xp.ones_like(used), used),
-            cosine=xp.where(first, -xp.ones_like(used), xp.where(was_exact, xp.ones_like(used), agreed)),
+            error=xp.where(first | solved, -xp.ones_like(used), used),
+            cosine=xp.where(first | solved, -xp.ones_like(used), agreed),
             growth=xp.zeros_like(s.growth), jumped=xp.zeros_like(s.jumped), since=xp.zeros_like(s.since),
             forward=now.forward, unconverged=now.unconverged,
         )  # fmt: skip

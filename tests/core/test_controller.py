@@ -34,7 +34,7 @@ class Model:
         self.level, self.deviation = np.zeros(m), np.zeros(m)
 
     def due(self):
-        interval = min(4, self.interval) if self.chosen == self.m else self.interval
+        interval = min(16, self.interval) if self.chosen == self.m else self.interval
         return not self.begun or self.jumped or self.since + 1 >= interval
 
     def steps(self):
@@ -80,8 +80,9 @@ class Model:
         self.right = (1 - share) * self.right + share * right
         in_force = self.chosen < self.m
         error = errors[self.chosen] if in_force else 0.0
-        self.error = -1.0 if first else error
-        self.cosine = -1.0 if first else cosines[self.chosen] if in_force else 1.0
+        judged = in_force and not first
+        self.error = error if judged else -1.0
+        self.cosine = cosines[self.chosen] if judged else -1.0
         over = not first and error > self.target
         surprised = over and error > self.bound
         self.over += over
@@ -91,7 +92,7 @@ class Model:
         self.choose(first, surprised, formed)
 
     def choose(self, first, surprised, formed):
-        bounds = np.where(self.deviation < 0, math.inf, np.exp(self.level + 5.0 * self.deviation))
+        bounds = np.where(self.deviation < 0, math.inf, np.exp(self.level + 4.0 * self.deviation))
         least = next((k for k in range(self.m) if bounds[k] <= self.target), self.m)
         easy = next((k for k in range(self.m) if bounds[k] <= 0.8 * self.target), self.m)
         old = self.chosen
