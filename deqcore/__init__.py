@@ -9,7 +9,11 @@ from importlib import import_module
 
 TYPE_CHECKING = False  # type checkers take it for true; to import it from typing takes 9 of 10 ms
 if TYPE_CHECKING:
+    from deqcore import diagnostics as diagnostics
+    from deqcore import equilibrium_cache as equilibrium_cache
     from deqcore import errors
+    from deqcore import halting as halting
+    from deqcore import monitor as monitor
     from deqcore.abc.backend import Backend
     from deqcore.abc.backward import StepStrategy, Strategy
     from deqcore.abc.history import History
@@ -27,15 +31,15 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOME = {
-    "AdjointReport": "deqcore.abc.backward",
+    "AdjointReport": "deqcore.types",
     "Backend": "deqcore.abc.backend",
-    "Capabilities": "deqcore.abc.backend",
+    "Capabilities": "deqcore.types",
     "Config": "deqcore.config",
-    "History": "deqcore.abc.backend",
-    "InverseJacobian": "deqcore.linear.lowrank",
+    "History": "deqcore.abc.history",
+    "InverseJacobian": "deqcore.abc.inverse_jacobian",
     "Solution": "deqcore.solution",
     "Solver": "deqcore.abc.solver",
-    "Status": "deqcore.solution",
+    "Status": "deqcore.types",
     "StepStrategy": "deqcore.abc.backward",
     "StatefulStrategy": "deqcore.abc.stateful",
     "Stepper": "deqcore.implicit",
@@ -52,7 +56,7 @@ _HOME = {
     "vjp": "deqcore.api",
 }
 
-_MODULES = ("diagnostics", "errors", "monitor")
+_MODULES = ("diagnostics", "equilibrium_cache", "errors", "halting", "monitor")
 
 __all__ = [
     "AdjointReport",

@@ -12,17 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from deqcore import config as settings
 from deqcore import plugins
 from deqcore.errors import ConfigError, LayerWarning, ProblemError
 from deqcore.options import freeze, plain
 from deqcore.solve.user_line import warn
-
-if TYPE_CHECKING:
-    from deqcore.config import Config
-    from deqcore.types import Tree
+from deqcore.types import Tree
 
 REUSE: Final = ("batch", "sequence", "carry")
 
@@ -39,13 +36,13 @@ class LayerSettings:
         evaluation: further settings that apply outside training.
     """
 
-    config: Config | None = None
+    config: settings.Config | None = None
     overrides: Items = ()
     evaluation: Items = ()
 
     @classmethod
     def of(
-        cls, config: Config | None, overrides: Mapping[str, object], evaluation: Mapping[str, object] | None
+        cls, config: settings.Config | None, overrides: Mapping[str, object], evaluation: Mapping[str, object] | None
     ) -> LayerSettings:
         """Check and freeze.
 
@@ -62,7 +59,7 @@ class LayerSettings:
             plugins.make_strategy(resolved.backward.strategy, resolved.backward.options)
         return made
 
-    def call(self, training: bool) -> tuple[Config | None, dict[str, object]]:
+    def call(self, training: bool) -> tuple[settings.Config | None, dict[str, object]]:
         """Return config and overrides of one solve, as `fixed_point` takes them."""
         return self.config, dict(self.overrides) if training else dict(self.overrides) | dict(self.evaluation)
 

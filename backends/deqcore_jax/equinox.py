@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import FrozenInstanceError
-from typing import TYPE_CHECKING
 
 import equinox as eqx
 import jax
 
+import deqcore
 from deqcore.errors import LayerWarning, ProblemError
 from deqcore.layer import LayerSettings, batch_norm_text, check_cell
 from deqcore.solve.user_line import warn
+from deqcore.types import Tree
 from deqcore_jax.layer import ImplicitLayer
-
-if TYPE_CHECKING:
-    from deqcore.config import Config
-    from deqcore.types import Tree
 
 
 class DEQ(ImplicitLayer, eqx.Module):
@@ -61,7 +58,7 @@ class DEQ(ImplicitLayer, eqx.Module):
     def __init__(
         self,
         cell: Callable[..., Tree],
-        config: Config | None = None,
+        config: deqcore.Config | None = None,
         *,
         evaluation: Mapping[str, object] | None = None,
         inference: bool = False,

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 import deqcore  # its names are imported when they are used: what solves, in the first solve of a program
 from deqcore import layer
-
-if TYPE_CHECKING:
-    from deqcore.halting import Rule
-    from deqcore.layer import LayerSettings
-    from deqcore.solution import Solution
-    from deqcore.types import Tree
+from deqcore.types import Tree
 
 
 class ImplicitLayer:
@@ -28,10 +22,10 @@ class ImplicitLayer:
     """
 
     cell: Callable[..., Tree]
-    settings: LayerSettings
+    settings: layer.LayerSettings
 
     def __call__(
-        self, *inputs: Tree, z0: Tree = None, until: Rule | None = None, mask: jax.Array | None = None
+        self, *inputs: Tree, z0: Tree = None, until: deqcore.halting.Rule | None = None, mask: jax.Array | None = None
     ) -> Tree:
         """Return the equilibrium z*, a tree like the state.
 
@@ -47,10 +41,10 @@ class ImplicitLayer:
         self,
         *inputs: Tree,
         z0: Tree = None,
-        until: Rule | None = None,
+        until: deqcore.halting.Rule | None = None,
         mask: jax.Array | None = None,
         **overrides: object,
-    ) -> Solution:
+    ) -> deqcore.Solution:
         """Return the solution: the equilibrium and the report of its solve.
 
         Args:
@@ -108,9 +102,9 @@ class ImplicitLayer:
         inputs: tuple[Tree, ...],
         z0: Tree,
         stages: Sequence[Mapping[str, object]],
-        rule: Rule | None = None,
+        rule: deqcore.halting.Rule | None = None,
         mask: jax.Array | None = None,
-    ) -> list[Solution]:
+    ) -> list[deqcore.Solution]:
         """Return the solutions of consecutive solves, each continued from the one before under further settings."""
         config, own = self.settings.call(self._training())
         start = self.initial_state(*inputs) if z0 is None else z0
@@ -119,7 +113,7 @@ class ImplicitLayer:
             from deqcore.halting import until
 
             f = until(f, rule)
-        solutions: list[Solution] = []
+        solutions: list[deqcore.Solution] = []
         for stage in stages:
             state = solutions[-1].state if solutions else None
             with layer.explain_arguments(self.cell, inputs, type(self.cell).__name__):

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from flax import nnx
 from flax.errors import TraceContextError
 
+import deqcore
 from deqcore.errors import ProblemError
 from deqcore.layer import LayerSettings, batch_norm_text, check_cell
+from deqcore.types import Tree
 from deqcore_jax.layer import ImplicitLayer
-
-if TYPE_CHECKING:
-    from deqcore.config import Config
-    from deqcore.types import Tree
 
 
 class DEQ(ImplicitLayer, nnx.Module):
@@ -60,7 +57,7 @@ class DEQ(ImplicitLayer, nnx.Module):
     def __init__(
         self,
         cell: Callable[..., Tree],
-        config: Config | None = None,
+        config: deqcore.Config | None = None,
         *,
         evaluation: Mapping[str, object] | None = None,
         deterministic: bool = False,

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.stateless import _reparametrize_module
 
+import deqcore
 from deqcore import config as settings
 from deqcore.errors import BackendError
 
 if TYPE_CHECKING:
     from deqcore.layer import LayerSettings
-    from deqcore.solution import Solution
 
 
 class Solvable(Protocol):
@@ -28,7 +28,7 @@ class Solvable(Protocol):
 
     def start(self, cold: Any) -> Any: ...
 
-    def solve_eagerly(self, *inputs: Any, z0: Any = None) -> Solution: ...
+    def solve_eagerly(self, *inputs: Any, z0: Any = None) -> deqcore.Solution: ...
 
 
 class LayerProblem:
@@ -51,7 +51,7 @@ class LayerProblem:
         resolved, _ = settings.resolve(*layer.settings.call(layer.training))
         return rows_shape(state[0], int(resolved.forward.batch))
 
-    def run(self, layout: str, tensors: list[Tensor], warm: bool) -> tuple[Solution, list[Tensor]]:
+    def run(self, layout: str, tensors: list[Tensor], warm: bool) -> tuple[deqcore.Solution, list[Tensor]]:
         """Solve as `DEQ.solve` does; `warm` leaves the choice of the start to the layer."""
         from deqcore_torch.layout import arrange, describe
 

@@ -28,10 +28,7 @@ from deqcore_torch.layer_problem import LayerProblem
 from deqcore_torch.strategy_buffer import BufferState
 
 if TYPE_CHECKING:
-    from deqcore.config import Config
-    from deqcore.equilibrium_cache import EquilibriumCache
-    from deqcore.halting import Rule
-    from deqcore.solution import Solution, SolveState
+    from deqcore.solution import SolveState
 
 FORMAT = 1  # version of the settings in a checkpoint
 
@@ -121,11 +118,11 @@ class DEQ(nn.Module):
     def __init__(
         self,
         cell: Any,
-        config: Config | None = None,
+        config: deqcore.Config | None = None,
         *,
         evaluation: Mapping[str, object] | None = None,
         reuse: str | None = None,
-        warm_start: EquilibriumCache | None = None,
+        warm_start: deqcore.equilibrium_cache.EquilibriumCache | None = None,
         checkpoint: bool = False,
         batched_inputs: tuple[int, ...] | None = None,
         **overrides: object,
@@ -156,7 +153,7 @@ class DEQ(nn.Module):
         self,
         *inputs: Any,
         z0: Any = None,
-        until: Rule | None = None,
+        until: deqcore.halting.Rule | None = None,
         mask: Tensor | None = None,
         ids: Any = None,
         changed: Any = None,
@@ -179,12 +176,12 @@ class DEQ(nn.Module):
         self,
         *inputs: Any,
         z0: Any = None,
-        until: Rule | None = None,
+        until: deqcore.halting.Rule | None = None,
         mask: Tensor | None = None,
         ids: Any = None,
         changed: Any = None,
         **overrides: object,
-    ) -> Solution:
+    ) -> deqcore.Solution:
         """Return the solution: the equilibrium and the report of its solve.
 
         Inside `torch.compile` the solve is one operator of the graph. Its solution then has no `state`, `record` and
@@ -213,12 +210,12 @@ class DEQ(nn.Module):
         self,
         *inputs: Any,
         z0: Any = None,
-        until: Rule | None = None,
+        until: deqcore.halting.Rule | None = None,
         mask: Tensor | None = None,
         ids: Any = None,
         changed: Any = None,
         **overrides: object,
-    ) -> Solution:
+    ) -> deqcore.Solution:
         """Do the same, run by Python: `torch.compile` breaks its graph here."""
         start = self.initial_state(*inputs) if z0 is None else z0
         begin_solve(self.cell)
@@ -267,12 +264,12 @@ class DEQ(nn.Module):
         self,
         start: Any,
         inputs: tuple[Any, ...],
-        config: Config | None,
+        config: deqcore.Config | None,
         overrides: Mapping[str, Any],
         state: SolveState | None = None,
-        rule: Rule | None = None,
+        rule: deqcore.halting.Rule | None = None,
         mask: Tensor | None = None,
-    ) -> Solution:
+    ) -> deqcore.Solution:
         f = self._map()
         if rule is not None:
             from deqcore.halting import until

@@ -26,8 +26,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+from deqcore import abc
 from deqcore.abc.autodiff import Autodiff
 from deqcore.abc.guards import CallGuards
 from deqcore.abc.harness import Harness
@@ -38,9 +39,6 @@ from deqcore.abc.numbers import NumberOps
 from deqcore.abc.scaling import guarded_norm
 from deqcore.errors import BackendError
 from deqcore.types import Array, Capabilities, LoopVars, Tree
-
-if TYPE_CHECKING:
-    from deqcore.abc.kernels import FusedKernels
 
 _dtype_name = cache(str)  # NumPy takes longer to build a name than for most operations on small arrays
 
@@ -66,7 +64,7 @@ class Backend(ABC):
     guards_class: ClassVar[type[CallGuards]] = CallGuards
     numbers_class: ClassVar[type[NumberOps]] = NumberOps
     host_class: ClassVar[type[HostViews]] = HostViews
-    kernels_class: ClassVar[type[FusedKernels] | None] = None
+    kernels_class: ClassVar[type[abc.FusedKernels] | None] = None
     harness_class: ClassVar[type[Harness]] = Harness
 
     def __init__(self) -> None:
@@ -76,7 +74,7 @@ class Backend(ABC):
         self.guards: CallGuards = self.guards_class(self)
         self.numbers: NumberOps = self.numbers_class(self)
         self.host: HostViews = self.host_class(self)
-        self.kernels: FusedKernels | None = None if self.kernels_class is None else self.kernels_class(self)
+        self.kernels: abc.FusedKernels | None = None if self.kernels_class is None else self.kernels_class(self)
         self.harness: Harness = self.harness_class(self)
 
     # -- arrays and trees ----------------------------------------------------------------------------------------------

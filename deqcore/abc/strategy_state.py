@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from deqcore.types import Array
+from deqcore.types import Array
 
 
 class StrategyState:

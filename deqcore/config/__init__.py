@@ -6,18 +6,13 @@ in `deqcore.config.sections`, their sources in `sources` and `environment`. Name
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Final
+
+from deqcore.lazy import lazy_names
 
 if TYPE_CHECKING:
     from deqcore.config.config import FILE, Config, current, override, resolve, using
 
 __all__: Final = ["FILE", "Config", "current", "override", "resolve", "using"]
 
-
-def __getattr__(name: str) -> object:
-    if name not in __all__:
-        raise AttributeError(f"module 'deqcore.config' has no attribute {name!r}")
-    value: object = getattr(import_module("deqcore.config.config"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = lazy_names(__name__, {"deqcore.config.config": __all__})

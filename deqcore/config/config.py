@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final, Never, TypeAlias, final
+from typing import Final, Never, TypeAlias, final
 
 from deqcore.config.environment import environment, variables
 from deqcore.config.sections import KEYS, Backward, Forward, Key, Plugins, Settings, names_of
@@ -23,9 +23,6 @@ from deqcore.options import freeze, plain
 from deqcore.plugins.lookup import check_section, contexts
 from deqcore.plugins.owners import backend_of
 from deqcore.plugins.registration import load_deqfile
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 Table: TypeAlias = Mapping[str, object]
 
@@ -92,7 +89,7 @@ class Config:
         self._hash = hash(self._settings)
 
     @classmethod
-    def load(cls, path: str | Path) -> Config:
+    def load(cls, path: str | os.PathLike[str]) -> Config:
         """Read a TOML file, or `[tool.deqcore]` of a pyproject.toml; environment variables go on top.
 
         With `plugins.deqfile = true`, the `deqfile.py` beside the file is executed.
@@ -120,7 +117,7 @@ class Config:
             check_section(name, self.section(name))
 
     @classmethod
-    def discover(cls, path: str | Path | None = None) -> Config:
+    def discover(cls, path: str | os.PathLike[str] | None = None) -> Config:
         """Return the config of a command line: the named file, else a `deq.toml` in the working directory."""
         if path is None and not os.path.exists(FILE):
             return current()

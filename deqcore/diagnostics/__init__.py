@@ -8,8 +8,9 @@ All of it is written on the contract, so it works with every backend. `spectral_
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
+
+from deqcore.lazy import lazy_names
 
 if TYPE_CHECKING:
     from deqcore.diagnostics.audit import Audit, gradient_audit
@@ -22,28 +23,6 @@ if TYPE_CHECKING:
     from deqcore.diagnostics.residuals import Curve, residual_curve
     from deqcore.diagnostics.spectrum import Spectrum, spectral_radius
     from deqcore.diagnostics.stability import SpectralPenalty, SpectralState, spectral_penalty
-
-_HOME: Final = {
-    "Audit": "deqcore.diagnostics.audit",
-    "CausalityLeak": "deqcore.diagnostics.causality",
-    "Claims": "deqcore.diagnostics.check.record",
-    "Curve": "deqcore.diagnostics.residuals",
-    "Finding": "deqcore.diagnostics.check.report",
-    "LayerReport": "deqcore.diagnostics.check.report",
-    "LayerUnderTest": "deqcore.diagnostics.check.record",
-    "SpectralPenalty": "deqcore.diagnostics.stability",
-    "SpectralState": "deqcore.diagnostics.stability",
-    "Spectrum": "deqcore.diagnostics.spectrum",
-    "check_causality": "deqcore.diagnostics.causality",
-    "check_layer": "deqcore.diagnostics.check.run",
-    "gradient_audit": "deqcore.diagnostics.audit",
-    "jacobian_penalty": "deqcore.diagnostics.penalty",
-    "layer_audit": "deqcore.diagnostics.layers",
-    "residual_curve": "deqcore.diagnostics.residuals",
-    "residual_penalty": "deqcore.diagnostics.penalty",
-    "spectral_penalty": "deqcore.diagnostics.stability",
-    "spectral_radius": "deqcore.diagnostics.spectrum",
-}
 
 __all__ = [
     "Audit",
@@ -67,14 +46,18 @@ __all__ = [
     "spectral_radius",
 ]
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module 'deqcore.diagnostics' has no attribute {name!r}")
-    value: object = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "deqcore.diagnostics.audit": ["Audit", "gradient_audit"],
+        "deqcore.diagnostics.causality": ["CausalityLeak", "check_causality"],
+        "deqcore.diagnostics.check.record": ["Claims", "LayerUnderTest"],
+        "deqcore.diagnostics.check.report": ["Finding", "LayerReport"],
+        "deqcore.diagnostics.check.run": ["check_layer"],
+        "deqcore.diagnostics.layers": ["layer_audit"],
+        "deqcore.diagnostics.penalty": ["jacobian_penalty", "residual_penalty"],
+        "deqcore.diagnostics.residuals": ["Curve", "residual_curve"],
+        "deqcore.diagnostics.spectrum": ["Spectrum", "spectral_radius"],
+        "deqcore.diagnostics.stability": ["SpectralPenalty", "SpectralState", "spectral_penalty"],
+    },
+)

@@ -5,8 +5,9 @@ The public names are imported when they are first used.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
+
+from deqcore.lazy import lazy_names
 
 if TYPE_CHECKING:
     from deqcore.monitor.drift import Profile
@@ -15,20 +16,6 @@ if TYPE_CHECKING:
     from deqcore.monitor.monitor import Monitor
     from deqcore.monitor.sink import Event, Record, Row, RunInfo, Sink
     from deqcore.monitor.triggers import Trigger
-
-_HOME: Final = {
-    "Event": "deqcore.monitor.sink",
-    "Metric": "deqcore.monitor.metrics",
-    "Metrics": "deqcore.monitor.metrics",
-    "Monitor": "deqcore.monitor.monitor",
-    "Measurement": "deqcore.monitor.measurements",
-    "Profile": "deqcore.monitor.drift",
-    "Record": "deqcore.monitor.sink",
-    "Row": "deqcore.monitor.sink",
-    "RunInfo": "deqcore.monitor.sink",
-    "Sink": "deqcore.monitor.sink",
-    "Trigger": "deqcore.monitor.triggers",
-}
 
 __all__ = [
     "Event",
@@ -44,8 +31,14 @@ __all__ = [
     "Trigger",
 ]
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "deqcore.monitor.drift": ["Profile"],
+        "deqcore.monitor.measurements": ["Measurement"],
+        "deqcore.monitor.metrics": ["Metric", "Metrics"],
+        "deqcore.monitor.monitor": ["Monitor"],
+        "deqcore.monitor.sink": ["Event", "Record", "Row", "RunInfo", "Sink"],
+        "deqcore.monitor.triggers": ["Trigger"],
+    },
+)

@@ -6,8 +6,9 @@ when they are first used.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
+
+from deqcore.lazy import lazy_names
 
 if TYPE_CHECKING:
     from deqcore.options import Options
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
         strategies,
         trainers,
     )
-    from deqcore.plugins.manager import PluginStatus
     from deqcore.plugins.owners import backend_of, shares_arrays
     from deqcore.plugins.registration import load_deqfile, register, reset
     from deqcore.plugins.specs import (
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         DataSpec,
         Kind,
         ModelSpec,
+        PluginStatus,
         SinkSpec,
         SolverSpec,
         Spec,
@@ -81,27 +82,42 @@ __all__ = [
     "trainers",
 ]
 
-
-_HOME: Final = {
-    "Options": "deqcore.options",
-    "PluginStatus": "deqcore.plugins.manager",
-    "backend_of": "deqcore.plugins.owners",
-    "hookimpl": "deqcore.plugins.hookspecs",
-    "load_deqfile": "deqcore.plugins.registration",
-    "register": "deqcore.plugins.registration",
-    "reset": "deqcore.plugins.registration",
-    "shares_arrays": "deqcore.plugins.owners",
-}  # of the others, the records are in `specs` and the functions in `lookup`
-
-
-def __getattr__(name: str) -> object:
-    if name not in __all__:
-        raise AttributeError(f"module 'deqcore.plugins' has no attribute {name!r}")
-    home = _HOME.get(name) or f"deqcore.plugins.{'specs' if name[0].isupper() else 'lookup'}"
-    value: object = getattr(import_module(home), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "deqcore.options": ["Options"],
+        "deqcore.plugins.hookspecs": ["hookimpl"],
+        "deqcore.plugins.lookup": [
+            "backends",
+            "commands",
+            "data",
+            "is_installed",
+            "load",
+            "make_backend",
+            "make_solver",
+            "make_strategy",
+            "models",
+            "plugins_status",
+            "sinks",
+            "solvers",
+            "spec",
+            "strategies",
+            "trainers",
+        ],
+        "deqcore.plugins.owners": ["backend_of", "shares_arrays"],
+        "deqcore.plugins.registration": ["load_deqfile", "register", "reset"],
+        "deqcore.plugins.specs": [
+            "BackendSpec",
+            "CommandSpec",
+            "DataSpec",
+            "Kind",
+            "ModelSpec",
+            "PluginStatus",
+            "SinkSpec",
+            "SolverSpec",
+            "Spec",
+            "StrategySpec",
+            "TrainerSpec",
+        ],
+    },
+)

@@ -16,16 +16,14 @@ from importlib.util import find_spec
 from threading import RLock
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from deqcore import abc
 from deqcore.errors import MissingFrameworkError, PluginError, UnknownNameError
 from deqcore.options import Options, as_options, instantiate
 from deqcore.plugins import specs
 from deqcore.plugins.builtin import BUILTIN, SECTIONS
 
 if TYPE_CHECKING:
-    from deqcore.abc.backend import Backend
-    from deqcore.abc.backward import StepStrategy, Strategy
-    from deqcore.abc.solver import Solver
-    from deqcore.plugins.manager import Manager, PluginStatus
+    from deqcore.plugins.manager import Manager
 
 S = TypeVar("S", bound=specs.Spec)
 lock: Final = RLock()
@@ -79,7 +77,7 @@ def commands() -> dict[str, specs.CommandSpec]:
     return _all(specs.CommandSpec)
 
 
-def plugins_status() -> list[PluginStatus]:
+def plugins_status() -> list[specs.PluginStatus]:
     """Return the status of every plugin. Loads them all; never raises."""
     with lock:
         return manager().statuses()
@@ -200,7 +198,7 @@ def is_installed(package: str) -> bool:
         return False
 
 
-def make_solver(name: str, options: Mapping[str, object] | None = None) -> Solver:
+def make_solver(name: str, options: Mapping[str, object] | None = None) -> abc.Solver:
     """Return an instance of a registered solver; the same one for the same options.
 
     Args:
@@ -215,7 +213,7 @@ def make_solver(name: str, options: Mapping[str, object] | None = None) -> Solve
     return _make_solver(name, as_options(f"The solver {name!r}", options))
 
 
-def make_backend(name: str) -> Backend:
+def make_backend(name: str) -> abc.Backend:
     """Return a new instance of a registered backend.
 
     Raises:
@@ -223,12 +221,11 @@ def make_backend(name: str) -> Backend:
         MissingFrameworkError: its framework is not installed.
         PluginError: the plugin that offers it is broken, or its class is not a complete backend.
     """
-    from deqcore.abc.backend import Backend
     from deqcore.plugins.validate import check_parts
 
-    cls = _class("backend", name, Backend)
+    cls = _class("backend", name, abc.Backend)
     check_parts(f"backend {name!r}", cls)
-    made: Backend = cls()
+    made: abc.Backend = cls()
     if not hasattr(made, "linalg"):
         raise PluginError(
             f"The backend {name!r} must have its parts. Call super().__init__() in {cls.__qualname__}.__init__."
@@ -236,7 +233,7 @@ def make_backend(name: str) -> Backend:
     return made
 
 
-def make_strategy(name: str, options: Mapping[str, object] | None = None) -> Strategy | StepStrategy:
+def make_strategy(name: str, options: Mapping[str, object] | None = None) -> abc.Strategy | abc.StepStrategy:
     """Return an instance of a registered backward strategy; the same one for the same options.
 
     Args:
@@ -252,19 +249,15 @@ def make_strategy(name: str, options: Mapping[str, object] | None = None) -> Str
 
 
 @lru_cache(maxsize=256)
-def _make_solver(name: str, options: Options) -> Solver:
-    from deqcore.abc.solver import Solver
-
-    made: Solver = instantiate(f"solver {name!r}", _class("solver", name, Solver), options)
+def _make_solver(name: str, options: Options) -> abc.Solver:
+    made: abc.Solver = instantiate(f"solver {name!r}", _class("solver", name, abc.Solver), options)
     return made
 
 
 @lru_cache(maxsize=256)
-def _make_strategy(name: str, options: Options) -> Strategy | StepStrategy:
-    from deqcore.abc.backward import StepStrategy, Strategy
-
-    cls = _class("strategy", name, Strategy, StepStrategy)
-    made: Strategy | StepStrategy = instantiate(f"strategy {name!r}", cls, options)
+def _make_strategy(name: str, options: Options) -> abc.Strategy | abc.StepStrategy:
+    cls = _class("strategy", name, abc.Strategy, abc.StepStrategy)
+    made: abc.Strategy | abc.StepStrategy = instantiate(f"strategy {name!r}", cls, options)
     return made
 
 

@@ -12,42 +12,19 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
-from typing import Final, Literal, TypeAlias
+from typing import Final
 
 import pluggy
 
 from deqcore.errors import PluginError, did_you_mean
 from deqcore.plugins import hookspecs
 from deqcore.plugins.builtin import BUILTIN
-from deqcore.plugins.specs import Kind, Spec
+from deqcore.plugins.specs import Condition, Kind, PluginStatus, Spec
 
 GROUP: Final = "deqcore"
 DISABLE: Final = "DEQCORE_DISABLE_PLUGINS"
 AUTOLOAD: Final = "DEQCORE_PLUGIN_AUTOLOAD"
 HEAVY: Final = frozenset({"torch", "jax", "jaxlib", "flax", "equinox", "tensorflow", "mlx"})
-
-Condition: TypeAlias = Literal["ok", "heavy", "conflict", "broken", "disabled"]
-
-
-@dataclass(frozen=True)
-class PluginStatus:
-    """The line of one plugin in `deqcore plugins`.
-
-    Attributes:
-        name: name of the entry point, the module or the file.
-        version: version of its distribution, "" if it has none.
-        source: where the plugin was found.
-        hooks: the hooks that it implements.
-        status: "heavy" means that it works, but imports a framework when it is merely listed.
-        reason: what is wrong, or "".
-    """
-
-    name: str
-    version: str = ""
-    source: str = ""
-    hooks: tuple[str, ...] = ()
-    status: Condition = "ok"
-    reason: str = ""
 
 
 @dataclass

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 from deqcore.errors import PluginError
 from deqcore.plugins import lookup, owners, specs
 from deqcore.plugins.lookup import lock, manager
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def register(plugin: object) -> None:
@@ -42,7 +39,7 @@ def register(plugin: object) -> None:
     forget()
 
 
-def load_deqfile(path: Path) -> None:
+def load_deqfile(path: str | os.PathLike[str]) -> None:
     """Execute a `deqfile.py` and register its hooks. Only for a config with `plugins.deqfile = true`.
 
     The file becomes a module: a record in it may have the target `f"{__name__}:MySolver"`. Its folder is appended to
@@ -51,9 +48,11 @@ def load_deqfile(path: Path) -> None:
     Raises:
         PluginError: the file is missing or wrong; the message names file and line.
     """
+    from pathlib import Path
+
     from deqcore.plugins import deqfile
 
-    path = path.resolve()
+    path = Path(path).resolve()
     with lock:
         if not deqfile.changed(path):
             return

@@ -15,10 +15,32 @@ from typing import ClassVar, Final, Literal, TypeAlias
 from deqcore.errors import PluginError
 
 Kind: TypeAlias = Literal["backend", "solver", "strategy", "sink", "trainer", "data", "model", "command"]
+Condition: TypeAlias = Literal["ok", "heavy", "conflict", "broken", "disabled"]
 INPUTS: Final = ("vector", "image", "tokens")  # kinds of data of a study, see deqcore.study.models.base.Shape
 
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 TARGET: Final = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+
+@dataclass(frozen=True)
+class PluginStatus:
+    """The line of one plugin in `deqcore plugins`.
+
+    Attributes:
+        name: name of the entry point, the module or the file.
+        version: version of its distribution, "" if it has none.
+        source: where the plugin was found.
+        hooks: the hooks that it implements.
+        status: "heavy" means that it works, but imports a framework when it is merely listed.
+        reason: what is wrong, or "".
+    """
+
+    name: str
+    version: str = ""
+    source: str = ""
+    hooks: tuple[str, ...] = ()
+    status: Condition = "ok"
+    reason: str = ""
 
 
 @dataclass(frozen=True)

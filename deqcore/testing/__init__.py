@@ -7,8 +7,9 @@ the pytest fixture `check_gradients` of `deqcore.testing.pytest_gradients`. For 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
+
+from deqcore.lazy import lazy_names
 
 if TYPE_CHECKING:
     from deqcore.testing.problem import Problem
@@ -19,24 +20,17 @@ if TYPE_CHECKING:
     from deqcore.testing.suite.strategy.tests import StrategyTests
     from deqcore.testing.weights import weights
 
-_HOME: Final = {
-    "BackendTests": "deqcore.testing.suite.backend.tests",
-    "Problem": "deqcore.testing.problem",
-    "SinkTests": "deqcore.testing.suite.sink.tests",
-    "SolverTests": "deqcore.testing.suite.solver.tests",
-    "StrategyTests": "deqcore.testing.suite.strategy.tests",
-    "golden": "deqcore.testing.problems",
-    "weights": "deqcore.testing.weights",
-}
-
 __all__ = ["BackendTests", "Problem", "SinkTests", "SolverTests", "StrategyTests", "golden", "weights"]
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module 'deqcore.testing' has no attribute {name!r}")
-    if name.endswith("Tests"):
-        import_module("deqcore.testing.suite.base")  # raises an error that says what to install where pytest is missing
-    value: object = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "deqcore.testing.problem": ["Problem"],
+        "deqcore.testing.problems": ["golden"],
+        "deqcore.testing.suite.backend.tests": ["BackendTests"],
+        "deqcore.testing.suite.sink.tests": ["SinkTests"],
+        "deqcore.testing.suite.solver.tests": ["SolverTests"],
+        "deqcore.testing.suite.strategy.tests": ["StrategyTests"],
+        "deqcore.testing.weights": ["weights"],
+    },
+)

@@ -105,7 +105,7 @@ def imports(before: Path, after: Path, runs: int) -> str:
     for statement in IMPORTS:
         times = [(seconds(before, statement), seconds(after, statement)) for _ in range(runs)]
         a, b = (1e3 * min(one) for one in zip(*times, strict=True))
-        rows.append(f"| `{statement}` | {a:.0f} | {b:.0f} |")
+        rows.append(f"| `{statement}` | {a:.1f} | {b:.1f} |")
     return "\n".join(rows)
 
 

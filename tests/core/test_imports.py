@@ -11,8 +11,13 @@ from types import ModuleType
 import pytest
 
 import deqcore
+import deqcore.abc
 import deqcore.config
+import deqcore.diagnostics
+import deqcore.monitor
 import deqcore.plugins
+import deqcore.testing
+import deqcore.types
 
 HEAVY = {
     "torch",
@@ -27,6 +32,17 @@ HEAVY = {
     "rich",
 }
 RARE = {"difflib", "json", "optree", "pathlib", "pluggy", "tomllib"}  # for errors, files, plugins and nested states
+
+LAZY = [
+    deqcore,
+    deqcore.abc,
+    deqcore.config,
+    deqcore.diagnostics,
+    deqcore.monitor,
+    deqcore.plugins,
+    deqcore.testing,
+    deqcore.types,
+]
 
 
 def imported(code: str) -> set[str]:
@@ -46,30 +62,30 @@ def test_importing_deqcore_is_light() -> None:
 def test_importing_the_config_is_light() -> None:
     modules = imported("import deqcore.config; deqcore.Config(forward={'rtol': 1e-3}); deqcore.config.current()")
     own = {name.split(".")[1] for name in modules if name.startswith("deqcore.")}
-    assert own == {"config", "errors", "options", "plugins"}
+    assert own == {"abc", "config", "errors", "lazy", "options", "plugins"}
     assert not modules & (HEAVY | RARE)
     assert len(modules) <= 70  # 62 today
 
 
 def test_importing_the_plugins_imports_neither_lookups_nor_records() -> None:
-    assert {name for name in imported("import deqcore.plugins") if name.startswith("deqcore.")} == {"deqcore.plugins"}
+    names = {name for name in imported("import deqcore.plugins") if name.startswith("deqcore.")}
+    assert names == {"deqcore.plugins", "deqcore.lazy"}
 
 
 def test_importing_the_solve_brings_nothing_for_rare_cases() -> None:
     assert not imported("import numpy; import deqcore; deqcore.fixed_point") & RARE
 
 
-@pytest.mark.parametrize("package", [deqcore, deqcore.config, deqcore.plugins])
+@pytest.mark.parametrize("package", LAZY)
 def test_names_that_are_imported_by_their_first_use_are_all_there(package: ModuleType) -> None:
     for name in package.__all__:
         assert getattr(package, name) is not None
+    assert set(package.__all__) <= set(dir(package))
     with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'fixedpoint'"):
         _ = package.fixedpoint
 
 
-def test_deqcore_lists_its_names_and_knows_its_version() -> None:
-    assert set(deqcore.__all__) <= set(dir(deqcore))
-    assert set(deqcore.plugins.__all__) <= set(dir(deqcore.plugins))
+def test_deqcore_knows_its_version() -> None:
     assert deqcore.__version__.count(".") >= 1
     assert deqcore.Config is deqcore.config.Config
 
@@ -123,6 +139,7 @@ def test_a_module_of_layers_imports_neither_a_solve_nor_its_records(module: str)
     names = reached(module, set())
     assert {module, "deqcore.layer", "deqcore.errors"} <= names
     parts = {name.removeprefix("deqcore.") for name in names if name.startswith("deqcore.")}
-    light = {"abc", "abc.strategy_state", "config", "errors", "layer", "options", "plugins", "solve", "solve.user_line"}
+    light = {"abc", "abc.strategy_state", "config", "errors", "layer", "lazy", "options", "plugins"}
+    light |= {"solve", "solve.user_line", "types", "types.arrays"}
     assert parts <= light
     assert "optree" not in names

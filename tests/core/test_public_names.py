@@ -4,6 +4,7 @@ import enum
 import importlib
 import inspect
 import re
+import typing
 
 import pytest
 
@@ -85,6 +86,26 @@ def load(home, name):
 @pytest.mark.parametrize(("home", "name"), NAMES)
 def test_public_names_are_there(home, name):
     assert load(home, name) is not None
+
+
+def annotated(found):
+    """Yield a function, or a class with its methods, also those that it inherits from a class of deqcore."""
+    if inspect.isclass(found) or inspect.isfunction(found):
+        yield found
+    for cls in inspect.getmro(found) if inspect.isclass(found) else ():
+        if cls.__module__.startswith("deqcore"):
+            members = [inspect.unwrap(getattr(member, "__func__", member)) for member in vars(cls).values()]
+            yield from (member for member in members if inspect.isfunction(member))
+
+
+@pytest.mark.parametrize(("home", "name"), NAMES)
+def test_type_hints_can_be_read_at_run_time(home, name):
+    """Sphinx, beartype and pydantic evaluate the hints: a name that only type checkers import is an error there."""
+    found = load(home, name)
+    for member in annotated(found):
+        public = member is found or not member.__name__.startswith("_") or member.__name__ in ("__init__", "__call__")
+        if public and member.__module__.startswith("deqcore"):
+            typing.get_type_hints(member)
 
 
 def test_deqcore_offers_these_names_and_no_others():

@@ -18,12 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final, TypeVar
 
-from deqcore.errors import MissingExtraError
-
-try:
-    import pytest
-except ImportError as error:
-    raise MissingExtraError.of("The conformance suite", "pytest", None) from error
+import pytest
 
 import deqcore
 from deqcore.abc.backend import Backend
