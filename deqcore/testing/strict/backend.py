@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from deqcore.testing.strict.carry import check_same
 from deqcore.testing.strict.history import StrictHistory
 from deqcore.testing.strict.namespace import XP
 from deqcore.types import Array, BackwardRecord, Capabilities, LoopVars, Map, SolveResult
+
+_traced: Final[ContextVar[bool]] = ContextVar("traced", default=False)
+"""Whether the code that runs is a step of a loop, whose body was traced before."""
 
 
 class StrictLinalg(SmallLinalg):
@@ -179,22 +183,32 @@ class StrictBackend(Backend):
         steps: int | Array,
         check_every: int | str = "auto",
     ) -> LoopVars:
-        """Trace the body once, whether it is needed or not, and hold every step to what came out."""
+        """Trace the body once, whether it is needed or not, and hold every step to what came out.
+
+        A loop inside a body was traced with that body, and is not traced again in its steps.
+        """
         every = 1 if check_every == "auto" else int(check_every)
         with self.errstate():
-            check_same(carry, body(carry))
-            for step in range(int(unwrap(steps))):
-                if step % every == 0 and not _condition(running(carry)):
-                    break
-                after = body(carry)
-                check_same(carry, after)
-                carry = after
+            if not _traced.get():
+                check_same(carry, body(carry))
+            token = _traced.set(True)
+            try:
+                for step in range(int(unwrap(steps))):
+                    if step % every == 0 and not _condition(running(carry)):
+                        break
+                    after = body(carry)
+                    check_same(carry, after)
+                    carry = after
+            finally:
+                _traced.reset(token)
         return carry
 
     def choose(
         self, wanted: Array, body: Callable[[Any], LoopVars], otherwise: Callable[[Any], LoopVars], carry: Any
     ) -> LoopVars:
-        """Trace both branches, and hold them to one structure."""
+        """Trace both branches, and hold them to one structure. In a step of a loop, which was traced before, take one."""
+        if _traced.get():
+            return body(carry) if _condition(XP.any(wanted)) else otherwise(carry)
         first, second = body(carry), otherwise(carry)
         check_same(first, second)
         return first if _condition(XP.any(wanted)) else second
