@@ -1,12 +1,14 @@
 """What solves cost on NumPy, against a record: a change of steps, evaluations or vjps is seen.
 
 The record says what was, not what is right. After a wanted change, `python tests/core/test_counts.py` writes a new one,
-which belongs to the change. Another processor rounds otherwise, so that a count may be off by one.
+which belongs to the change. Another processor rounds otherwise, so that a count may be off by one, or by as much as the
+rounding of the inputs moves it.
 """
 
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 import deqcore
 from deqcore import plugins
 from deqcore.testing import strict
+from deqcore.testing.problem import rebuild
 from deqcore.testing.problems import golden
 from deqcore.testing.suite.fixtures import Affine, Kit, affine
 from deqcore.testing.suite.strategy.cost_bounds import adjoint_of
@@ -69,6 +72,7 @@ STRATEGIES = {
 }
 
 
+EPS = 2.0**-52
 UNIT = 2.0**-600  # of a state; its square is 0 in float64
 
 
@@ -77,9 +81,15 @@ def kit(backend="numpy"):
     return Kit(deqcore.get_backend(backend=backend))
 
 
-def forward_counts(name, options, problem, unit=1.0):
-    """Status, steps and evaluations of each sample, at a loose and at a tight tolerance, for z in other units."""
+def forward_counts(name, options, problem, unit=1.0, seed=None):
+    """Status, steps and evaluations of each sample, at a loose and at a tight tolerance, for z in other units.
+
+    With a seed, each number of the problem is moved by up to 16 units in its last place.
+    """
     f, z0, args = kit().data(golden(problem), "float64")
+    if seed is not None:
+        rng = np.random.default_rng(seed)
+        args = tuple(rebuild(tree, lambda x: x * (1 + EPS * rng.integers(-16, 17, np.shape(x)))) for tree in args)
     found = []
     for rtol in (1e-3, 1e-9):
         with np.errstate(all="ignore"):
@@ -154,6 +164,20 @@ def near(found, recorded):
     return off.max() <= 1 and np.count_nonzero(off) <= len(off) // 20
 
 
+def near_enough(found, recorded, moved):
+    """Return whether counts are near, or where rounding may lead: `moved(seed)` are those of inputs rounded otherwise.
+
+    The range of twelve such runs is widened by itself on both sides.
+    """
+    if near(found, recorded):
+        return True
+    runs = np.array([found, *(moved(seed) for seed in range(12))])
+    low, high = runs.min(axis=0), runs.max(axis=0)
+    width = high - low
+    inside = (np.array(recorded) >= low - width) & (np.array(recorded) <= high + width)
+    return near(np.where(inside, recorded, found), recorded)
+
+
 @pytest.fixture(scope="module")
 def record():
     return json.loads(RECORD.read_text(encoding="utf-8"))
@@ -163,7 +187,8 @@ def record():
 def test_a_solve_takes_as_many_steps_and_evaluations_as_it_did(record, name, options):
     for problem, recorded in record["forward"][label(name, options)].items():
         found = forward_counts(name, options, problem)
-        assert near(found, recorded), f"{problem}: {found}, recorded {recorded}"
+        moved = partial(forward_counts, name, options, problem, 1.0)
+        assert near_enough(found, recorded, moved), f"{problem}: {found}, recorded {recorded}"
 
 
 @pytest.mark.parametrize(("name", "options"), FORWARD)
