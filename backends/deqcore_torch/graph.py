@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd import Variable
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
 COMPILED: Final = (
@@ -151,17 +152,28 @@ def once_only(gradients: Iterable[Tensor | None], start: int) -> bool:
     Its node raises only if the engine visits it. `torch.autograd.grad` bypasses it on the way to other tensors, and
     would silently return a wrong derivative.
     """
+    return any(name_of(node) == ONCE for node in nodes_since(gradients, start))
+
+
+def has_functions(y: Tensor, start: int) -> bool:
+    """Return whether the graph behind y, made since `start`, has a node of a `torch.autograd.Function`.
+
+    Such a node may have a backward that cannot be differentiated and does not say so, as where it detaches.
+    """
+    return any(isinstance(node, BackwardCFunction) for node in nodes_since([y], start))
+
+
+def nodes_since(ends: Iterable[Tensor | None], start: int) -> Iterator[Any]:
+    """Yield the nodes behind these tensors that were made since `start`, without those of leaves."""
     seen: set[Any] = set()
-    stack: list[Any] = [part.grad_fn for part in gradients if part is not None]
+    stack: list[Any] = [end.grad_fn for end in ends if end is not None]
     while stack:
         node = stack.pop()
-        if node is None or node in seen or node._sequence_nr() < start:
+        if node is None or node in seen or leaf_of(node) is not None or node._sequence_nr() < start:
             continue
-        if name_of(node) == ONCE:
-            return True
         seen.add(node)
+        yield node
         stack.extend(following for following, _ in node.next_functions)
-    return False
 
 
 def refuse_compiled(y: Tensor, refuse: Callable[[Tensor], Tensor]) -> None:

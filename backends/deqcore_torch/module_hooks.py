@@ -19,7 +19,7 @@ from torch._C import _current_graph_task_id
 from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
-from deqcore_torch.graph import leaf_of
+from deqcore_torch.graph import nodes_since
 
 _partial: Final[set[int]] = set()  # numbers of the passes that run for parts of gradients
 
@@ -65,7 +65,7 @@ def muted(y: Tensor, before: int, start: int = 0) -> Mute:
     mute = Mute()
     if hooks_made() == before:
         return mute
-    for node in _nodes(y, start):
+    for node in nodes_since([y], start):
         for number, hook in (hooks := _hooks(node)).items():
             if number >= before:
                 hooks[number] = mute.gate(hook)
@@ -109,19 +109,6 @@ def unhooked(outputs: Sequence[Tensor], ends: Sequence[Tensor]) -> Iterator[None
         _partial.difference_update(begun)
         for tensor, grad in retained:
             tensor.grad = grad
-
-
-def _nodes(y: Tensor, start: int) -> Iterator[Any]:
-    """Yield the nodes behind y that were made since `start`, without those of leaves."""
-    seen: set[Any] = set()
-    stack: list[Any] = [y.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen or leaf_of(node) is not None or node._sequence_nr() < start:
-            continue
-        seen.add(node)
-        yield node
-        stack.extend(following for following, _ in node.next_functions)
 
 
 def _hooks(node: Any) -> dict[int, Callable[..., Any]]:

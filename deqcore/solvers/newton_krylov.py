@@ -41,8 +41,8 @@ class NewtonKrylov(Solver):
     model in the step before, relative to the residual (Eisenstat & Walker): if f is nearly linear, the second step is
     solved to the end. λ is halved, per sample, until the residual falls.
 
-    Cost: per step one evaluation of f, one per product J v (counted as evaluations; a forward-mode product costs
-    about two of them) and one per halving; `inner_steps` + 1 history vectors.
+    Cost: per step one evaluation of f, one per product J v (counted as evaluations; in forward mode it costs
+    about two of them, in PyTorch mostly about one vjp) and one per halving; `inner_steps` + 1 history vectors.
 
     Args:
         inner_steps: size of the Krylov space at most.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 
 import deqcore
@@ -78,6 +81,84 @@ def test_products_of_a_backward_that_takes_logarithms_of_its_cotangent(data):
     with torch.no_grad():
         differences = (value(b + step) - value(b - step)) / 2e-5
     assert torch.allclose(found, differences, rtol=1e-6, atol=1e-8)
+
+
+def test_a_solve_that_records_nothing_evaluates_f_once_for_all_products(data):
+    a, b, v = data
+    slope = 1 - torch.tanh(b @ a.T) ** 2
+    for recording, evaluations in ((False, 1), (True, 3)):
+        calls = []
+
+        def f(z, calls=calls):
+            calls.append(z)
+            return torch.tanh(z @ a.T) + b
+
+        with torch.set_grad_enabled(recording):
+            product = deqcore.get_backend(backend="torch").autodiff.jvp(f, b)
+            found = [product(s * v) for s in (1.0, 1e20, 1e-25)]
+        assert len(calls) == evaluations
+        for one, s in zip(found, (1.0, 1e20, 1e-25), strict=True):
+            assert torch.allclose(one / s, slope * (v @ a.T), rtol=1e-12)
+
+
+class Detached(Tanh):
+    """Its backward cannot be differentiated and does not say so; its forward mode is right."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+        return torch.tanh(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return Tanh.backward(ctx, g.detach())
+
+    @staticmethod
+    def jvp(ctx, t):
+        (x,) = ctx.saved_tensors
+        return t * (1 - torch.tanh(x) ** 2)
+
+
+def unrecorded(x):
+    with torch.no_grad():
+        return torch.tanh(x)
+
+
+def hooked(x):
+    y = torch.tanh(x)
+    if y.requires_grad:
+        y.register_hook(lambda g: 0.1 * g)
+    return y
+
+
+@pytest.mark.parametrize("tanh", [Detached.apply, unrecorded, hooked], ids=["detached", "no_grad", "hook"])
+def test_products_do_not_rely_on_a_vjp_that_the_user_changes(data, tanh):
+    a, b, v = data
+    with torch.no_grad():
+        found = deqcore.get_backend(backend="torch").autodiff.jvp(cell(tanh, a, b), b)(v)
+    assert torch.allclose(found, (1 - torch.tanh(b @ a.T) ** 2) * (v @ a.T), rtol=1e-12)
+
+
+def test_products_leave_no_graph_behind(data):
+    """Without a collection: the graph holds the values of each operation of f."""
+    a, b, v = data
+    kept = []
+
+    def f(z):
+        y = torch.tanh(z @ a.T)
+        kept.append(weakref.ref(y))
+        return y + b
+
+    gc.disable()
+    try:
+        with torch.no_grad():
+            product = deqcore.get_backend(backend="torch").autodiff.jvp(f, b)
+            product(v)
+        del product
+        assert [ref() for ref in kept] == [None] * len(kept)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("recording", [False, True])

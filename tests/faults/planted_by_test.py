@@ -326,6 +326,14 @@ ENDS = [
         "assert",
     ),
     Fault(
+        "products that differentiate a vjp which a Function or a hook changes",
+        "deqcore_torch.jvp",
+        "return y.requires_grad and self.hooks == hooks_made() and not has_functions(y, self.begun)",
+        "return y.requires_grad",
+        "tests/backends/test_torch_products.py::test_products_do_not_rely_on_a_vjp_that_the_user_changes[detached]",
+        "assert",
+    ),
+    Fault(
         "threads of the parent in a child of a fork",
         "deqcore_torch.native.openmp",
         "return 0 if _Forked.here else _found()",
