@@ -206,7 +206,7 @@ class StrictBackend(Backend):
     def choose(
         self, wanted: Array, body: Callable[[Any], LoopVars], otherwise: Callable[[Any], LoopVars], carry: Any
     ) -> LoopVars:
-        """Trace both branches, and hold them to one structure; take one in a step of a loop, which was traced before."""
+        """Trace both branches, and hold them to one structure; a step of a loop, which was traced before, takes one."""
         if _traced.get():
             return body(carry) if _condition(XP.any(wanted)) else otherwise(carry)
         first, second = body(carry), otherwise(carry)
