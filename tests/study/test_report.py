@@ -40,6 +40,12 @@ LOSS = {"exact-ift": 0.0, "neumann": 0.0, "broyden-reuse": 0.002, "jacobian-free
 ERROR = {"exact-ift": 1e-4, "neumann": 0.4, "broyden-reuse": 0.08, "jacobian-free": 0.6, "explicit": 0.0}
 
 
+@pytest.fixture
+def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the charts of a page of which only the text is read: they take nearly all of its time."""
+    monkeypatch.setattr(page, "plots", lambda rows, language: {})
+
+
 def result(cell: Cell) -> dict[str, Any]:
     """A training as it might have been: two epochs of three steps."""
     rng = np.random.default_rng([cell.seed, len(cell.strategy.label)])
@@ -185,6 +191,7 @@ def test_the_bill():
     assert costs.payback == pytest.approx(5 / costs.saved)
 
 
+@pytest.mark.usefixtures("no_charts")
 @pytest.mark.parametrize(("share", "count", "wanted"), [(0.5, 8, 4), (0.51, 8, 5), (0.95, 8, None), (0.1, 1, None)])
 def test_memory_saved_is_fewer_devices(tmp_path: Path, share: float, count: int, wanted: int | None):
     study, results = made(cost={"devices": count})
@@ -215,6 +222,7 @@ def test_gates_stop_at_the_first_that_is_not_met():
     assert judge(rows(results), study.gates).go
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_a_failed_cell_is_reported_and_nothing_else_suffers(tmp_path: Path):
     study, results = made()
     bad = next(
@@ -235,6 +243,7 @@ def test_a_failed_cell_is_reported_and_nothing_else_suffers(tmp_path: Path):
     assert "<loss>" not in html
 
 
+@pytest.mark.usefixtures("no_charts")
 @pytest.mark.parametrize(
     ("seeds", "head"),
     [([0], "no recommendation. It takes at least 3 seeds, and this study has 1"), ([0, 1, 2], " use ")],
@@ -255,6 +264,7 @@ def test_below_three_seeds_nothing_wins(tmp_path: Path, seeds: list[int], head: 
         assert f">{line}</td>" in html[: html.index("<h2>")]
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_no_price_no_money(tmp_path: Path):
     study, results = made(cost={"trainings_per_month": 40.0})
     page.write(tmp_path, study, results, ABOUT)
@@ -330,6 +340,7 @@ def test_resident_memory_is_never_reported():
     assert all(row.metric("step_memory").mean == 1e7 for row in rows(on_gpu))  # type: ignore[union-attr]
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_nothing_trained(tmp_path: Path):
     study, results = made(models=["dense"])
     failed = [{"status": "failed", "reason": "error", "detail": "x", "cell": each["cell"]} for each in results]
@@ -338,6 +349,7 @@ def test_nothing_trained(tmp_path: Path):
     assert "–" in table.markdown(found)
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_the_files_hold_what_the_results_say(tmp_path: Path):
     study, results = made()
     page.write(tmp_path, study, results, ABOUT)
@@ -408,6 +420,7 @@ def test_the_report_shows_the_rounds(tmp_path: Path, language: str, words: str):
     assert row["rounds"]["gap"][3]["mean"] == pytest.approx(gap)
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_a_single_training_has_no_rounds_to_show(tmp_path: Path):
     study, results = made(models=["dense"])
     page.write(tmp_path, study, results, ABOUT)
@@ -547,6 +560,7 @@ def test_a_japanese_page_has_no_english_label(tmp_path: Path, language: str):
     assert ("JPY" in text) == (language == "en")
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_the_pages_figures_are_those_of_the_raw_results(tmp_path: Path):
     """Each cell of the table and of the first screen, computed again from the cells of results.json."""
     study, results = made(models=["dense"])
@@ -577,6 +591,7 @@ def test_the_pages_figures_are_those_of_the_raw_results(tmp_path: Path):
         assert time == f"{np.exp(ratio.mean()):.2f} [{ends[0]:.2f}, {ends[1]:.2f}]"
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_a_page_written_again_keeps_the_machine_of_its_figures(tmp_path: Path):
     study, results = made(models=["dense"])
     first = {"cpu": "first", "date": "2026-01-01", "load_before": [0.1, 0.2, 0.3]}
@@ -590,6 +605,7 @@ def test_a_page_written_again_keeps_the_machine_of_its_figures(tmp_path: Path):
         assert text in html, text
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_writing_a_report_again_keeps_machine_and_command(tmp_path: Path):
     place = Store(tmp_path / "out")
     first = {"machine": {"cpu": "first", "load_before": [0.1]}, "command": "deqcore study a.toml"}
@@ -600,6 +616,7 @@ def test_writing_a_report_again_keeps_machine_and_command(tmp_path: Path):
     assert set(main._about(Store(tmp_path / "other"), "x", new=True)) == {"machine", "command"}
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_two_studies_side_by_side(tmp_path: Path):
     study, old = made(models=["dense"])
     _, new = made(models=["dense"], strategies=["exact-ift", "broyden-reuse", "neumann"])
