@@ -33,9 +33,13 @@ HOME: Final = Path(__file__).resolve().parents[1] / "docs" / "evidence"
 STUDIES: Final = (
     "slow-torch", "text-torch", "images-torch", "digits-torch", "rounds-torch", "digits-jax",
     "adaptive_digits-torch", "adaptive_digits-jax", "adaptive_images-torch",
+    "adaptive_text-torch", "adaptive_slow-torch",
 )  # fmt: skip
 ON_GPU: Final = ("cifar-torch",)
-NEEDS: Final = {"images": "cifar10", "adaptive_images": "cifar10", "cifar": "cifar10", "text": "wikitext-2"}
+NEEDS: Final = {
+    "images": "cifar10", "adaptive_images": "cifar10", "cifar": "cifar10",
+    "text": "wikitext-2", "adaptive_text": "wikitext-2",
+}  # fmt: skip
 ARCHIVE: Final = "cifar10-jpeg.tar.gz"
 TARGETS: Final = {
     "digits": -1.0,
@@ -43,7 +47,8 @@ TARGETS: Final = {
     "cifar": -0.5,
 }  # points, lower end of the interval, certified against exact
 LIMIT: Final = 1.15  # whole training of certified reuse in units of Jacobian-free
-ADAPTIVE_LIMIT: Final = 1.25  # that of the adaptive strategy
+ADAPTIVE_LIMITS: Final = {"adaptive_slow": 1.6}  # that of the adaptive strategy; elsewhere
+ADAPTIVE_LIMIT: Final = 1.25
 NEAR: Final = 1.0  # points: an interval within them shows that a strategy ends where exact gradients do
 
 
@@ -215,7 +220,7 @@ def verdicts(name: str, found: Sequence[SummaryRow]) -> list[str]:
         by.get(item) for item in ("exact-ift", "jacobian-free", "broyden-reuse", "plain reuse")
     )
     if exact is not None and free is not None and "adaptive" in by:
-        return _adaptive(by, exact, free)
+        return _adaptive(name, by, exact, free)
     if exact is None or free is None or certified is None or plain is None:
         return []
     gap = exact.against(free, "test_accuracy")
@@ -231,7 +236,8 @@ def verdicts(name: str, found: Sequence[SummaryRow]) -> list[str]:
     return [*lines, *_times(certified, exact, free), *_rounds(found)]
 
 
-def _adaptive(by: Mapping[str, SummaryRow], exact: SummaryRow, free: SummaryRow) -> list[str]:
+def _adaptive(name: str, by: Mapping[str, SummaryRow], exact: SummaryRow, free: SummaryRow) -> list[str]:
+    limit = ADAPTIVE_LIMITS.get(name.partition("-")[0], ADAPTIVE_LIMIT)
     gap = exact.against(free, "test_accuracy")
     lines = [f"- Exact gradients against Jacobian-free: {_points(gap)} points{_separated(gap)}."]
     for label, row in by.items():
@@ -240,7 +246,7 @@ def _adaptive(by: Mapping[str, SummaryRow], exact: SummaryRow, free: SummaryRow)
         own = row.against(exact, "test_accuracy")
         lines.append(f"- {label} against exact: {_points(own)} points{_within(own)}.")
     ratio = by["adaptive"].ratio(free, "training")
-    text = _quick(ratio, "Jacobian-free", f"at most {ADAPTIVE_LIMIT}", ADAPTIVE_LIMIT)
+    text = _quick(ratio, "Jacobian-free", f"at most {limit}", limit)
     return [*lines, f"- Whole training of adaptive: {text}."]
 
 
