@@ -178,16 +178,9 @@ def nodes_since(ends: Iterable[Tensor | None], start: int) -> Iterator[Any]:
 
 def refuse_compiled(y: Tensor, refuse: Callable[[Tensor], Tensor]) -> None:
     """Replace the gradients that leave compiled code in the current pass by `refuse(gradient)`."""
-    seen: set[Any] = set()
-    stack: list[Any] = [y.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in nodes_since([y], 0):
         if name_of(node) == COMPILED:
             _replace_once(node, refuse)
-        stack.extend(following for following, _ in node.next_functions)
 
 
 def _replace_once(node: Any, refuse: Callable[[Tensor], Tensor]) -> None:

@@ -25,9 +25,9 @@ def jvp(f: Map, z: Tensor, fused: bool = True) -> Map:
 
     A solve that records nothing evaluates f once and differentiates its vjp: a product then costs about one vjp, while
     forward mode evaluates f again, and PyTorch takes up to a millisecond for each sum or product with a constant there.
-    Forward mode is for gradients that are recorded, for f without a second derivative, and for f with a Function or a
-    hook, which may change the first. Fused attention, which has no forward mode, is evaluated by PyTorch's plain kernel
-    then: the same to rounding.
+    Forward mode is for gradients that are recorded, for f without a second derivative, and for f with a
+    `torch.autograd.Function` or a hook, which may make the recorded vjp another map than Jᵀ. Fused attention, which has
+    no forward mode, is evaluated by PyTorch's plain kernel then: the same to rounding.
 
     Args:
         f: the map on `(batch, n)`.
@@ -117,10 +117,10 @@ class _Recorded(NamedTuple):
 
     @classmethod
     def of(cls, f: Map, z: Tensor) -> _Recorded:
-        begun, start = sequence(), z if torch.is_grad_enabled() and z.requires_grad else z.detach().requires_grad_()
-        made = hooks_made()
+        start = z if torch.is_grad_enabled() and z.requires_grad else z.detach().requires_grad_()
+        begun, hooks = sequence(), hooks_made()
         with torch.enable_grad():
-            return cls(start, f(start), begun, made)
+            return cls(start, f(start), begun, hooks)
 
     def plain(self) -> bool:
         """Return whether f recorded PyTorch's own operations alone, without Functions and hooks of the user."""

@@ -1,8 +1,8 @@
 """What solves cost on NumPy, against a record: a change of steps, evaluations or vjps is seen.
 
 The record says what was, not what is right. After a wanted change, `python tests/core/test_counts.py` writes a new one,
-which belongs to the change. Another processor rounds otherwise, so that a count may be off by one, or by as much as the
-rounding of the inputs moves it.
+which belongs to the change. Another processor rounds otherwise, so that a count may be off by one, or on the problems
+of `CHAOTIC` by as much as the rounding of the inputs moves it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ RECORD = Path(__file__).with_name("counts.json")
 PROBLEMS = (
     "affine", "divergent", "expansive", "ill-conditioned", "mlp", "monotone", "nan", "overshoot", "slow-modes", "walled"
 )  # fmt: skip
+CHAOTIC = ("divergent", "ill-conditioned")  # their steps follow from rounding
 SOLVERS = {
     "picard": [{}, {"damping": 0.5}],
     "anderson": [{}, {"history_size": 3, "max_residual_growth": 1.5}, {"mixing": 0.5}, {"ridge": 1e-3}],
@@ -164,13 +165,11 @@ def near(found, recorded):
     return off.max() <= 1 and np.count_nonzero(off) <= len(off) // 20
 
 
-def near_enough(found, recorded, moved):
-    """Return whether counts are near, or where rounding may lead: `moved(seed)` are those of inputs rounded otherwise.
+def in_reach(found, recorded, moved):
+    """Return whether rounding may lead from counts to the record; `moved(seed)` are those of inputs rounded otherwise.
 
     The range of twelve such runs is widened by itself on both sides.
     """
-    if near(found, recorded):
-        return True
     runs = np.array([found, *(moved(seed) for seed in range(12))])
     low, high = runs.min(axis=0), runs.max(axis=0)
     width = high - low
@@ -188,7 +187,8 @@ def test_a_solve_takes_as_many_steps_and_evaluations_as_it_did(record, name, opt
     for problem, recorded in record["forward"][label(name, options)].items():
         found = forward_counts(name, options, problem)
         moved = partial(forward_counts, name, options, problem, 1.0)
-        assert near_enough(found, recorded, moved), f"{problem}: {found}, recorded {recorded}"
+        same = near(found, recorded) or (problem in CHAOTIC and in_reach(found, recorded, moved))
+        assert same, f"{problem}: {found}, recorded {recorded}"
 
 
 @pytest.mark.parametrize(("name", "options"), FORWARD)

@@ -222,7 +222,6 @@ def test_gates_stop_at_the_first_that_is_not_met():
     assert judge(rows(results), study.gates).go
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_a_failed_cell_is_reported_and_nothing_else_suffers(tmp_path: Path):
     study, results = made()
     bad = next(
@@ -243,7 +242,6 @@ def test_a_failed_cell_is_reported_and_nothing_else_suffers(tmp_path: Path):
     assert "<loss>" not in html
 
 
-@pytest.mark.usefixtures("no_charts")
 @pytest.mark.parametrize(
     ("seeds", "head"),
     [([0], "no recommendation. It takes at least 3 seeds, and this study has 1"), ([0, 1, 2], " use ")],
@@ -340,7 +338,6 @@ def test_resident_memory_is_never_reported():
     assert all(row.metric("step_memory").mean == 1e7 for row in rows(on_gpu))  # type: ignore[union-attr]
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_nothing_trained(tmp_path: Path):
     study, results = made(models=["dense"])
     failed = [{"status": "failed", "reason": "error", "detail": "x", "cell": each["cell"]} for each in results]
@@ -420,7 +417,6 @@ def test_the_report_shows_the_rounds(tmp_path: Path, language: str, words: str):
     assert row["rounds"]["gap"][3]["mean"] == pytest.approx(gap)
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_a_single_training_has_no_rounds_to_show(tmp_path: Path):
     study, results = made(models=["dense"])
     page.write(tmp_path, study, results, ABOUT)
@@ -616,7 +612,6 @@ def test_writing_a_report_again_keeps_machine_and_command(tmp_path: Path):
     assert set(main._about(Store(tmp_path / "other"), "x", new=True)) == {"machine", "command"}
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_two_studies_side_by_side(tmp_path: Path):
     study, old = made(models=["dense"])
     _, new = made(models=["dense"], strategies=["exact-ift", "broyden-reuse", "neumann"])
